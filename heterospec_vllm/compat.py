@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one version gate, and the one place that reads facts out of vLLM's config objects."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from heterospec_vllm.checks import EngineFacts, TargetFacts
+from heterospec_vllm.config import read_json_object
+
+# The plugin overrides private methods of the model runner, so a version counts only when its
+# sources were read. A local part such as "+cpu" does not matter.
+TESTED_VERSIONS = ("0.32.0", "0.33.0")
+
+
+def vllm_version() -> str:
+    from vllm.version import __version__
+
+    return __version__
+
+
+def version_reason(version: str) -> str | None:
+    """Why this vLLM cannot run the plugin, or None."""
+    if version.split("+")[0] in TESTED_VERSIONS:
+        return None
+    return f"vllm: found version {version}, allowed: {' or '.join(TESTED_VERSIONS)}"
+
+
+def target_facts(model_config: Any) -> TargetFacts:
+    """What the target is, from vLLM's ModelConfig; imports its model class but loads no weights."""
+    text_config = model_config.hf_text_config
+    layer_types = getattr(text_config, "layer_types", None) or ()
+    model_class, architecture = model_config.registry.resolve_model_cls(
+        model_config.architectures, model_config
+    )
+    return TargetFacts(
+        architecture=architecture,
+        hidden_size=model_config.get_hidden_size(),
+        vocab_size=model_config.get_vocab_size(),
+        num_hidden_layers=model_config.get_total_num_hidden_layers(),
+        head_size=model_config.get_head_size(),
+        exposes_taps=bool(getattr(model_class, "supports_eagle3", False)),
+        generates=model_config.runner_type == "generate",
+        hybrid=model_config.is_hybrid or model_config.has_inner_state,
+        attention_free=model_config.is_attention_free,
+        mla=model_config.use_mla,
+        mrope=model_config.uses_mrope,
+        alibi=model_config.uses_alibi,
+        encoder_decoder=model_config.is_encoder_decoder,
+        sliding_window=model_config.get_sliding_window(),
+        layer_types=tuple(sorted(set(layer_types))),
+        soft_cap=getattr(text_config, "attn_logit_softcapping", None),
+        prompt_embeds=model_config.enable_prompt_embeds,
+        logits_processors=bool(model_config.logits_processors),
+    )
+
+
+def engine_facts(engine_args: Any, model_config: Any) -> EngineFacts:
+    """What the engine was asked to do, from vLLM's EngineArgs."""
+    from vllm.platforms import current_platform
+    from vllm.utils.torch_utils import resolve_kv_cache_dtype_string
+
+    return EngineFacts(
+        target=target_facts(model_config),
+        on_cpu=current_platform.is_cpu(),
+        worker_cls=engine_args.worker_cls,
+        kv_cache_dtype=resolve_kv_cache_dtype_string(engine_args.kv_cache_dtype, model_config),
+        async_scheduling=engine_args.async_scheduling,
+        lora=engine_args.enable_lora,
+        kv_connector=(
+            engine_args.kv_transfer_config is not None or engine_args.kv_offloading_size is not None
+        ),
+        parallel_sizes={
+            name: getattr(engine_args, name)
+            for name in (
+                "pipeline_parallel_size",
+                "tensor_parallel_size",
+                "data_parallel_size",
+                "decode_context_parallel_size",
+                "prefill_context_parallel_size",
+            )
+        },
+    )
+
+
+def head_config(model: str) -> dict[str, Any]:
+    """The `config.json` of a head, from its folder or, through transformers, from the hub.
+
+    Raises ValueError where there is none, or where a folder lacks weights.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        return _hub_config(model)
+    config = read_json_object(folder / "config.json")
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        raise ValueError(
+            f"model: found no weights in {folder}, allowed: a folder with *.safetensors or *.bin"
+        )
+    return config
+
+
+def _hub_config(model: str) -> dict[str, Any]:
+    import huggingface_hub
+    from transformers import PreTrainedConfig
+
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(
+            model, local_files_only=huggingface_hub.constants.HF_HUB_OFFLINE
+        )
+    except (OSError, json.JSONDecodeError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"model: found '{model}', which is no folder, nor a Hugging Face id that can be "
+            f"read from here ({first_line}), allowed: an EAGLE-3 head"
+        ) from error
+    return config

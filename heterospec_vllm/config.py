@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of the plugin, each declared once: its type, default, meaning and check.
+
+`HeteroSpecConfig` is what a user writes after `--speculative-config`; `RequestOptions` is what a
+client may send in `vllm_xargs`. Both reject unknown keys by name. This module imports neither vLLM
+nor torch, so that the plugin stays light to load.
+"""
+
+import difflib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from heterospec_vllm.policy import PolicyName
+
+METHOD = "heterospec"
+# `model` value that means the head shipped with the package for the embedded demo target.
+BUILTIN_HEAD = "builtin:smollm2-135m"
+MAX_NODES = 63
+# What the command line puts in place of a file's content until the engine config is built.
+CONFIG_FILE_KEY = "heterospec_config_file"
+
+_Options = TypeVar("_Options", bound=BaseModel)
+
+_ASSETS = Path(__file__).parent / "assets"
+
+
+class HeteroSpecConfig(BaseModel):
+    """The speculative config of the method `heterospec`; immutable, picklable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    method: Literal["heterospec"] = Field(description="Selects this plugin.")
+    model: Annotated[str, Field(min_length=1)] = Field(
+        description="The EAGLE-3 head that drafts. A relative path is looked up beside the config "
+        f"file first, then in the working directory; `{BUILTIN_HEAD}` is the head shipped with "
+        "the package for the demo target.",
+        json_schema_extra={"allowed": "the folder or the Hugging Face id of an EAGLE-3 head"},
+    )
+    policy: PolicyName = Field(
+        default="static",
+        description="What decides the tree of each request: `plain` drafts nothing, `chain` one "
+        "path of `max_depth` tokens, `static` the same budget for every request.",
+    )
+    num_speculative_tokens: int = Field(
+        default=6,
+        ge=1,
+        le=MAX_NODES,
+        description="Most draft nodes verified for one request in one step.",
+    )
+    max_depth: int = Field(
+        default=3, ge=1, le=16, description="Most draft levels, so the longest path of a tree."
+    )
+    top_k: int = Field(
+        default=4,
+        ge=1,
+        le=16,
+        description="Children considered for each expanded node, and nodes expanded in a level.",
+    )
+    profile: str | None = Field(
+        default=None,
+        description="Calibration profile of a (target, head) pair. No policy of this version "
+        "uses one.",
+        json_schema_extra={"allowed": "null"},
+    )
+
+    @property
+    def num_lookahead_tokens(self) -> int:
+        """The `num_speculative_tokens` handed to vLLM: KV slots past the root, one per node.
+
+        It does not depend on the policy, which may change while the engine runs. A tree of depth
+        d over a frontier of k nodes with k children each has at most k + (d - 1) * k * k nodes.
+        """
+        most_nodes = self.top_k + (self.max_depth - 1) * self.top_k**2
+        return min(self.num_speculative_tokens, most_nodes)
+
+
+class RequestOptions(BaseModel):
+    """What one request may ask for in `vllm_xargs` (`SamplingParams.extra_args` in Python)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    heterospec: Literal["on", "off"] = Field(
+        default="on", description="`off` decodes this request without speculation."
+    )
+    heterospec_max_nodes: Annotated[int, Field(ge=0, le=MAX_NODES)] | None = Field(
+        default=None,
+        description="Most draft nodes verified for this request in one step; it can only lower "
+        "the engine's own limit.",
+    )
+
+    @classmethod
+    def from_extra_args(cls, extra_args: Mapping[str, Any] | None) -> "RequestOptions":
+        """Reads the keys that start with `heterospec` and ignores everybody else's.
+
+        Raises ValueError, one sentence a fault, for an unknown key or a wrong value.
+        """
+        ours = {k: v for k, v in (extra_args or {}).items() if k.startswith(METHOD)}
+        return _validated(cls, ours, "vllm_xargs")
+
+
+class ConfigCarrier(str):
+    """Our config as a value of vLLM's `additional_config`.
+
+    vLLM hashes that dict as JSON into its compile cache key. As a string with one constant text
+    this value adds nothing that varies, so all policies share one compilation, while whatever
+    else the user put there keeps its effect.
+    """
+
+    config: HeteroSpecConfig
+
+    def __new__(cls, config: HeteroSpecConfig) -> "ConfigCarrier":
+        carrier = super().__new__(cls, METHOD)
+        carrier.config = config
+        return carrier
+
+    def __getnewargs__(self) -> tuple[HeteroSpecConfig]:  # type: ignore[override]
+        return (self.config,)
+
+
+def from_vllm_config(vllm_config: Any) -> HeteroSpecConfig | None:
+    """Our config of an engine, or None where it runs without this plugin."""
+    additional_config = vllm_config.additional_config
+    if not isinstance(additional_config, Mapping):
+        return None
+    carrier = additional_config.get(METHOD)
+    return carrier.config if isinstance(carrier, ConfigCarrier) else None
+
+
+@dataclass(frozen=True)
+class ConfigSource:
+    """Options as the user wrote them, before validation."""
+
+    options: dict[str, Any]
+    file: Path | None  # where they were read, for relative paths and for messages
+
+
+def find_source(speculative_config: Any, spec_flags: Mapping[str, Any]) -> ConfigSource | None:
+    """The options given for our method, or None where another method or none was asked for.
+
+    Args:
+        speculative_config: what vLLM holds after its argument parser: a dict, ours with
+            `CONFIG_FILE_KEY` where a path was given, or None. It is not changed.
+        spec_flags: vLLM's `--spec-*` flags by the key that each sets; None where not given.
+
+    Raises ValueError for an unusable file, a value that is not an object, or a key set twice.
+    """
+    flags = {key: value for key, value in spec_flags.items() if value is not None}
+    if speculative_config is None:
+        speculative_config = {}
+    if not isinstance(speculative_config, Mapping):
+        raise ValueError(
+            f"speculative_config: found {_shown(speculative_config)}, "
+            "allowed: a JSON object or the path of a JSON file"
+        )
+    options = {str(key).replace("-", "_"): value for key, value in speculative_config.items()}
+    file = None
+    if CONFIG_FILE_KEY in options:
+        file = Path(options.pop(CONFIG_FILE_KEY))
+        if options:
+            # vLLM merges the config of a speculators checkpoint given as MODEL into ours.
+            raise ValueError(
+                f"speculative_config: found the file {file} for a MODEL that is itself a draft "
+                "head, allowed: the target as MODEL and the head as 'model' in that file"
+            )
+        options = {key.replace("-", "_"): value for key, value in read_json_object(file).items()}
+    elif METHOD not in (options.get("method"), flags.get("method")):
+        return None
+    for key, value in flags.items():
+        if key in options:
+            raise ValueError(
+                f"{key}: found it twice, as a --spec-* flag and in the speculative config, "
+                "allowed: one of them"
+            )
+        options[key] = value
+    return ConfigSource(options, file)
+
+
+def parse(source: ConfigSource) -> HeteroSpecConfig:
+    """Validates options; local paths in the result are absolute.
+
+    Raises ValueError: for each fault one sentence with the key, what was found, what is allowed.
+    """
+    options = dict(source.options)
+    for key in ("model", "profile"):
+        if isinstance(options.get(key), os.PathLike):
+            options[key] = os.fspath(options[key])
+        if isinstance(options.get(key), str) and options[key]:
+            options[key] = _local_path(options[key], source.file)
+    where = f"speculative_config ({source.file})" if source.file else "speculative_config"
+    config = _validated(HeteroSpecConfig, options, where)
+    if config.profile is not None:
+        read_json_object(Path(config.profile))
+        raise ValueError(
+            f"{where}: profile: found {config.profile!r}, "
+            f"allowed: null, for the policy '{config.policy}' uses no profile"
+        )
+    return config
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError naming the file and what is wrong with it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique_keys)
+    except OSError as error:
+        raise ValueError(f"{path}: found no readable file ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: found bytes that are not UTF-8, allowed: JSON text") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: found invalid JSON ({error}), allowed: a JSON object") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: found {_shown(content)}, allowed: a JSON object")
+    return content
+
+
+def recognise_path(parse_json: Callable[[str], Any], text: str) -> Any:
+    """The value of a `--speculative-config` argument: a path is only marked, not read.
+
+    argparse drops the message of a type that raises, so reading waits until the engine config
+    is built. What is no path goes to vLLM's own parser.
+    """
+    is_json = text.lstrip()[:1] in ("", "{", "[", '"')
+    if not is_json and (text.endswith(".json") or os.sep in text or os.path.exists(text)):
+        return {CONFIG_FILE_KEY: os.path.abspath(os.path.expanduser(text))}
+    return parse_json(text)
+
+
+def allowed_values(model: type[BaseModel], key: str) -> str:
+    """What a key may hold, in words, from the field that declares it."""
+    field = model.model_fields[key]
+    if isinstance(field.json_schema_extra, dict) and "allowed" in field.json_schema_extra:
+        return str(field.json_schema_extra["allowed"])
+    kind, bounds = field.annotation, field.metadata
+    for member in get_args(kind):  # Optional[Annotated[int, ...]]
+        if get_origin(member) is Annotated:
+            kind, bounds = get_args(member)[0], get_args(member)[1].metadata
+    if get_origin(kind) is Literal:
+        return ", ".join(f"'{value}'" for value in get_args(kind))
+    assert kind is int, f"{key} has no words for what it allows"
+    low = next(bound.ge for bound in bounds if hasattr(bound, "ge"))
+    high = next(bound.le for bound in bounds if hasattr(bound, "le"))
+    return f"an integer from {low} to {high}"
+
+
+def _validated(model: type[_Options], options: dict[str, Any], where: str) -> _Options:
+    try:
+        return model.model_validate(options)
+    except ValidationError as error:
+        faults = [_sentence(model, fault) for fault in error.errors()]
+        raise ValueError("\n".join(f"{where}: {fault}" for fault in faults)) from None
+
+
+def _sentence(model: type[BaseModel], fault: Any) -> str:
+    key = str(fault["loc"][0])
+    if fault["type"] == "extra_forbidden":
+        keys = list(model.model_fields)
+        close = difflib.get_close_matches(key, keys, n=1)
+        hint = f" (did you mean '{close[0]}'?)" if close else ""
+        return f"found the unknown key '{key}'{hint}, allowed: {', '.join(keys)}"
+    found = "nothing" if fault["type"] == "missing" else _shown(fault["input"])
+    return f"{key}: found {found}, allowed: {allowed_values(model, key)}"
+
+
+def _shown(value: Any) -> str:
+    """A value with its type, short enough for one line of a message."""
+    text = repr(value)
+    return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"
+
+
+def _local_path(value: str, file: Path | None) -> str:
+    """An existing path made absolute; anything else (a Hugging Face id) as it is."""
+    if value == BUILTIN_HEAD:
+        return str(_ASSETS / "head")
+    path = Path(value).expanduser()
+    for folder in [file.parent] if file else []:
+        if (folder / path).exists():
+            return os.path.abspath(folder / path)
+    return os.path.abspath(path) if path.exists() else value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in content if keys.count(key) > 1)
+        raise ValueError(f"found the key '{twice}' twice, allowed: once")
+    return content
