@@ -7,6 +7,7 @@ answers at once.
 
 import typer
 
+from heterospec_vllm.cli.demo import demo
 from heterospec_vllm.cli.demo_model import demo_model
 
 app = typer.Typer(
@@ -26,4 +27,5 @@ def root() -> None:
     """
 
 
+app.command("demo")(demo)
 app.command("demo-model")(demo_model)

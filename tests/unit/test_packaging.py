@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a stranger gets: the built wheel, the installed entry points, the command line."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from importlib import metadata, resources
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_python(code: str, **environment: str) -> str:
+    """Run code in a fresh interpreter outside the checkout and return what it printed."""
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT.parent,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project's wheel, built from the tracked files of the checkout with what is installed."""
+    source = tmp_path_factory.mktemp("source")
+    tracked = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    ).stdout.decode()
+    for name in filter(None, tracked.split("\0")):
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).symlink_to(ROOT / name)
+    built = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
+    command += ["--no-build-isolation", "--wheel-dir", str(built), str(source)]
+    subprocess.run(command, check=True)
+    (path,) = built.glob("*.whl")
+    return path
+
+
+def test_wheel_holds_every_source_and_data_file(wheel: Path) -> None:
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    expected = {
+        f"heterospec_vllm/{folder}{path.relative_to(ROOT / source)}"
+        for source, folder, patterns in (
+            ("heterospec_vllm", "", ("**/*.py", "assets/**/*")),
+            ("kernels", "kernels/", ("**/*.py", "csrc/*")),
+            ("configs", "configs/", ("*.json", "profiles/*")),
+        )
+        for pattern in patterns
+        for path in (ROOT / source).glob(pattern)
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert expected - packed == set()
+    strays = {
+        name for name in packed if not name.startswith(("heterospec_vllm/", "heterospec_vllm-"))
+    }
+    assert strays == set()
+
+
+def test_wheel_is_importable_without_the_checkout(wheel: Path) -> None:
+    code = (
+        "import heterospec_vllm, heterospec_vllm.kernels as kernels\n"
+        "from importlib.resources import files\n"
+        "assert files('heterospec_vllm.configs').joinpath('heterospec.json').is_file()\n"
+        "print(heterospec_vllm.__file__, kernels.__file__)"
+    )
+    for path in run_python(code, PYTHONPATH=str(wheel)).split():
+        assert path.startswith(str(wheel)), path
+
+
+def test_installed_package_maps_kernels_and_configs() -> None:
+    printed = run_python("import heterospec_vllm.kernels as kernels; print(kernels.__file__)")
+    assert Path(printed.strip()).parent.name == "kernels"
+    config = resources.files("heterospec_vllm.configs").joinpath("heterospec.json")
+    assert json.loads(config.read_text(encoding="utf-8"))["method"] == "heterospec"
+
+
+def test_plugin_entry_point_loads_a_function() -> None:
+    (entry,) = metadata.entry_points(group="vllm.general_plugins", name="heterospec")
+    assert entry.value == "heterospec_vllm.plugin:register"
+    assert callable(entry.load())
+
+
+def test_cli_help_is_light_and_lists_every_command() -> None:
+    printed = run_python(
+        "import sys\n"
+        "from typer.testing import CliRunner\n"
+        "from heterospec_vllm.cli.main import app\n"
+        "result = CliRunner().invoke(app, ['--help'])\n"
+        "assert result.exit_code == 0\n"
+        "print(result.output)\n"
+        "names = {'torch', 'triton', 'vllm', 'transformers', 'numpy', 'openai'}\n"
+        "heavy = names & set(sys.modules)\n"
+        "assert not heavy, heavy",
+    )
+    for command in ("demo-model", "demo"):
+        assert f" {command} " in printed
