@@ -1,25 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which targets, engines and heads the plugin can serve: pure functions over small records.
+"""Which targets and engines the plugin can serve: a pure function over small records.
 
-They run while the engine config is built, so before any weight is loaded.
+It runs while the engine config is built, so before any weight is loaded.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 # Sizes that the CPU tree-attention op is compiled for.
 CPU_HEAD_SIZES = (64, 96, 128)
+# Names that model configs have for a layer that attends to the whole context.
+FULL_ATTENTION = ("full_attention", "attention")
 KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32")
-# Heads that are one vLLM EAGLE-3 decoder over tap states of the target.
-HEAD_ARCHITECTURES = (
-    "LlamaForCausalLMEagle3",
-    "Eagle3LlamaForCausalLM",
-    "Eagle3Qwen3ForCausalLM",
-)
-# Early EAGLE-3 heads carry their decoder's plain name; the draft vocabulary tells them apart.
-_UNMARKED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen3ForCausalLM")
-_NUM_DEFAULT_TAPS = 3
 
 
 @dataclass(frozen=True)
@@ -41,6 +33,7 @@ class TargetFacts:
     encoder_decoder: bool = False
     sliding_window: int | None = None
     layer_types: tuple[str, ...] = ()
+    attention_sinks: bool = False
     soft_cap: float | None = None
     prompt_embeds: bool = False
     logits_processors: bool = False
@@ -57,6 +50,7 @@ class EngineFacts:
     async_scheduling: bool | None = None
     lora: bool = False
     kv_connector: bool = False
+    watermark: bool = False
     parallel_sizes: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -84,6 +78,8 @@ def _engine_reasons(facts: EngineFacts) -> Iterator[str]:
         yield "enable_lora: found True, allowed: False"
     if facts.kv_connector:
         yield "kv_transfer_config or kv_offloading_size: found a KV connector, allowed: none"
+    if facts.watermark:
+        yield "watermark_config: found one, allowed: none"
 
 
 def _target_reasons(facts: EngineFacts) -> Iterator[str]:
@@ -104,6 +100,8 @@ def _target_reasons(facts: EngineFacts) -> Iterator[str]:
         yield f"{model}: found M-RoPE positions, allowed: one position a token"
     if target.alibi:
         yield f"{model}: found ALiBi, allowed: rotary or learned positions"
+    if target.attention_sinks:
+        yield f"{model}: found attention sinks, allowed: none"
     if target.soft_cap:
         yield f"{model}: found an attention soft cap of {target.soft_cap}, allowed: none"
     if target.sliding_window is not None:
@@ -111,7 +109,7 @@ def _target_reasons(facts: EngineFacts) -> Iterator[str]:
             f"{model}: found a sliding window of {target.sliding_window}, "
             "allowed: full attention (--disable-sliding-window caps the context instead)"
         )
-    other_layers = [kind for kind in target.layer_types if kind != "full_attention"]
+    other_layers = [kind for kind in target.layer_types if kind not in FULL_ATTENTION]
     if other_layers:
         yield f"{model}: found layers of type {', '.join(other_layers)}, allowed: full_attention"
     if facts.on_cpu and target.head_size not in CPU_HEAD_SIZES:
@@ -126,76 +124,3 @@ def _target_reasons(facts: EngineFacts) -> Iterator[str]:
             f"{model}: found no tap states, allowed: a model class with vLLM's "
             "SupportsEagle3 interface"
         )
-
-
-def head_reason(head: Mapping[str, Any], target: TargetFacts) -> str | None:
-    """Why a head cannot draft for a target, as one sentence, or None where it can.
-
-    Args:
-        head: its `config.json`, in vLLM's own or in the speculators library's format.
-    """
-    if "speculators_model_type" in head:
-        kind = head["speculators_model_type"]
-        if kind != "eagle3":
-            return f"model: found a speculators head of type '{kind}', allowed: 'eagle3'"
-        layer_config = head.get("transformer_layer_config")
-        if not isinstance(layer_config, Mapping):
-            return "model: found a speculators head without transformer_layer_config"
-        head = {**layer_config, **{key: head[key] for key in _SPECULATORS_KEYS if key in head}}
-    else:
-        found = list(head.get("architectures") or ())
-        unmarked = head.get("draft_vocab_size") and set(found) & set(_UNMARKED_ARCHITECTURES)
-        if not unmarked and not set(found) & set(HEAD_ARCHITECTURES):
-            return (
-                f"model: found the architectures {found}, "
-                f"allowed: {', '.join(HEAD_ARCHITECTURES)} or a speculators eagle3 head"
-            )
-    return next(_misfits(head, target), None)
-
-
-# Keys that a speculators config holds outside its decoder's config, under vLLM's names.
-_SPECULATORS_KEYS = ("draft_vocab_size", "target_hidden_size", "eagle_aux_hidden_state_layer_ids")
-
-
-def _misfits(head: Mapping[str, Any], target: TargetFacts) -> Iterator[str]:
-    tap_size = head.get("target_hidden_size") or head.get("hidden_size")
-    if tap_size != target.hidden_size:
-        yield (
-            f"model: found a head for hidden size {tap_size}, "
-            f"allowed: {target.hidden_size}, the target's"
-        )
-    if head.get("vocab_size") != target.vocab_size:
-        yield (
-            f"model: found a head for a vocabulary of {head.get('vocab_size')}, "
-            f"allowed: {target.vocab_size}, the target's"
-        )
-    draft_vocab_size = head.get("draft_vocab_size") or target.vocab_size
-    if not isinstance(draft_vocab_size, int) or not 0 < draft_vocab_size <= target.vocab_size:
-        yield (
-            f"model: found draft_vocab_size {draft_vocab_size!r}, allowed: 1 to {target.vocab_size}"
-        )
-    reason = _tap_misfit(head, target.num_hidden_layers)
-    if reason:
-        yield reason
-
-
-def _tap_misfit(head: Mapping[str, Any], num_layers: int) -> str | None:
-    eagle_config = head.get("eagle_config") or {}
-    if not eagle_config.get("use_aux_hidden_state", True):
-        return "model: found use_aux_hidden_state false, allowed: a head that reads tap states"
-    nested = eagle_config.get("eagle_aux_hidden_state_layer_ids")
-    taps = head.get("eagle_aux_hidden_state_layer_ids") or nested
-    if not taps:
-        # vLLM's default for targets that name no layers of their own.
-        taps = [2, num_layers // 2, num_layers - 3]
-    # The head's input is this many hidden states wide, whatever layers are listed.
-    expected = head.get("num_aux_hidden_states") or (len(nested) if nested else _NUM_DEFAULT_TAPS)
-    if len(taps) != expected:
-        return f"model: found {len(taps)} tap layers {list(taps)}, allowed: {expected} of them"
-    in_range = all(isinstance(tap, int) and 0 <= tap <= num_layers for tap in taps)
-    if not in_range or len(set(taps)) < len(taps):
-        return (
-            f"model: found the tap layers {list(taps)}, "
-            f"allowed: different layers from 0 to {num_layers}, the target's"
-        )
-    return None

@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one version gate, and the one place that reads facts out of vLLM's config objects."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 from heterospec_vllm.checks import EngineFacts, TargetFacts
-from heterospec_vllm.config import read_json_object
 
 # The plugin overrides private methods of the model runner, so a version counts only when its
 # sources were read. A local part such as "+cpu" does not matter.
 TESTED_VERSIONS = ("0.32.0", "0.33.0")
 
+# Config keys by which model classes of vLLM give their attention layers sinks.
+_SINK_KEYS = (
+    "add_full_attention_sink_bias",
+    "add_swa_attention_sink_bias",
+    "swa_attention_sink_enabled",
+)
+
 
 def vllm_version() -> str:
+    """The version of the vLLM in this environment."""
     from vllm.version import __version__
 
     return __version__
@@ -49,9 +54,18 @@ def target_facts(model_config: Any) -> TargetFacts:
         encoder_decoder=model_config.is_encoder_decoder,
         sliding_window=model_config.get_sliding_window(),
         layer_types=tuple(sorted(set(layer_types))),
+        attention_sinks=_has_sinks(text_config, bool(layer_types)),
         soft_cap=getattr(text_config, "attn_logit_softcapping", None),
         prompt_embeds=model_config.enable_prompt_embeds,
         logits_processors=bool(model_config.logits_processors),
+    )
+
+
+def _has_sinks(text_config: Any, has_layer_types: bool) -> bool:
+    # Granite checkpoints that list layer types have sinks unless they say otherwise.
+    default = has_layer_types and text_config.model_type.startswith("granite")
+    return getattr(text_config, "attention_sinks", default) or any(
+        getattr(text_config, key, False) for key in _SINK_KEYS
     )
 
 
@@ -70,6 +84,7 @@ def engine_facts(engine_args: Any, model_config: Any) -> EngineFacts:
         kv_connector=(
             engine_args.kv_transfer_config is not None or engine_args.kv_offloading_size is not None
         ),
+        watermark=engine_args.watermark_config is not None,
         parallel_sizes={
             name: getattr(engine_args, name)
             for name in (
@@ -81,36 +96,3 @@ def engine_facts(engine_args: Any, model_config: Any) -> EngineFacts:
             )
         },
     )
-
-
-def head_config(model: str) -> dict[str, Any]:
-    """The `config.json` of a head, from its folder or, through transformers, from the hub.
-
-    Raises ValueError where there is none, or where a folder lacks weights.
-    """
-    folder = Path(model)
-    if not folder.is_dir():
-        return _hub_config(model)
-    config = read_json_object(folder / "config.json")
-    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-        raise ValueError(
-            f"model: found no weights in {folder}, allowed: a folder with *.safetensors or *.bin"
-        )
-    return config
-
-
-def _hub_config(model: str) -> dict[str, Any]:
-    import huggingface_hub
-    from transformers import PreTrainedConfig
-
-    try:
-        config, _ = PreTrainedConfig.get_config_dict(
-            model, local_files_only=huggingface_hub.constants.HF_HUB_OFFLINE
-        )
-    except (OSError, json.JSONDecodeError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"model: found '{model}', which is no folder, nor a Hugging Face id that can be "
-            f"read from here ({first_line}), allowed: an EAGLE-3 head"
-        ) from error
-    return config

@@ -168,13 +168,14 @@ def find_source(speculative_config: Any, spec_flags: Mapping[str, Any]) -> Confi
                 f"speculative_config: found the file {file} for a MODEL that is itself a draft "
                 "head, allowed: the target as MODEL and the head as 'model' in that file"
             )
-        options = {key.replace("-", "_"): value for key, value in read_json_object(file).items()}
+        content = read_json_object(file, "speculative_config")
+        options = {key.replace("-", "_"): value for key, value in content.items()}
     elif METHOD not in (options.get("method"), flags.get("method")):
         return None
     for key, value in flags.items():
         if key in options:
             raise ValueError(
-                f"{key}: found it twice, as a --spec-* flag and in the speculative config, "
+                f"speculative_config.{key}: found it twice, here and as a --spec-* flag, "
                 "allowed: one of them"
             )
         options[key] = value
@@ -192,32 +193,34 @@ def parse(source: ConfigSource) -> HeteroSpecConfig:
             options[key] = os.fspath(options[key])
         if isinstance(options.get(key), str) and options[key]:
             options[key] = _local_path(options[key], source.file)
-    where = f"speculative_config ({source.file})" if source.file else "speculative_config"
-    config = _validated(HeteroSpecConfig, options, where)
+    config = _validated(HeteroSpecConfig, options, "speculative_config", source.file)
     if config.profile is not None:
-        read_json_object(Path(config.profile))
+        field = "speculative_config.profile"
+        read_json_object(Path(config.profile), field)
         raise ValueError(
-            f"{where}: profile: found {config.profile!r}, "
+            f"{field}: found '{config.profile}', "
             f"allowed: null, for the policy '{config.policy}' uses no profile"
         )
     return config
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ValueError naming the file and what is wrong with it."""
+def read_json_object(path: Path, field: str) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError naming the field, the file and its fault."""
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique_keys)
     except OSError as error:
-        raise ValueError(f"{path}: found no readable file ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: found bytes that are not UTF-8, allowed: JSON text") from error
+        found = f"no readable file ({error.strerror})"
+    except UnicodeDecodeError:
+        found = "bytes that are not UTF-8 text"
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: found invalid JSON ({error}), allowed: a JSON object") from error
+        found = f"invalid JSON ({error})"
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: found {_shown(content)}, allowed: a JSON object")
-    return content
+        found = str(error)
+    else:
+        if isinstance(content, dict):
+            return content
+        found = _shown(content)
+    raise ValueError(f"{field}: found {found} at {path}, allowed: a file with a JSON object")
 
 
 def recognise_path(parse_json: Callable[[str], Any], text: str) -> Any:
@@ -249,23 +252,26 @@ def allowed_values(model: type[BaseModel], key: str) -> str:
     return f"an integer from {low} to {high}"
 
 
-def _validated(model: type[_Options], options: dict[str, Any], where: str) -> _Options:
+def _validated(
+    model: type[_Options], options: dict[str, Any], where: str, file: Path | None = None
+) -> _Options:
     try:
         return model.model_validate(options)
     except ValidationError as error:
-        faults = [_sentence(model, fault) for fault in error.errors()]
-        raise ValueError("\n".join(f"{where}: {fault}" for fault in faults)) from None
+        suffix = f" (in {file})" if file else ""
+        faults = [_sentence(model, fault, where) for fault in error.errors()]
+        raise ValueError("\n".join(f"{fault}{suffix}" for fault in faults)) from None
 
 
-def _sentence(model: type[BaseModel], fault: Any) -> str:
+def _sentence(model: type[BaseModel], fault: Any, where: str) -> str:
     key = str(fault["loc"][0])
     if fault["type"] == "extra_forbidden":
         keys = list(model.model_fields)
         close = difflib.get_close_matches(key, keys, n=1)
         hint = f" (did you mean '{close[0]}'?)" if close else ""
-        return f"found the unknown key '{key}'{hint}, allowed: {', '.join(keys)}"
+        return f"{where}: found the unknown key '{key}'{hint}, allowed: {', '.join(keys)}"
     found = "nothing" if fault["type"] == "missing" else _shown(fault["input"])
-    return f"{key}: found {found}, allowed: {allowed_values(model, key)}"
+    return f"{where}.{key}: found {found}, allowed: {allowed_values(model, key)}"
 
 
 def _shown(value: Any) -> str:
@@ -279,10 +285,9 @@ def _local_path(value: str, file: Path | None) -> str:
     if value == BUILTIN_HEAD:
         return str(_ASSETS / "head")
     path = Path(value).expanduser()
-    for folder in [file.parent] if file else []:
-        if (folder / path).exists():
-            return os.path.abspath(folder / path)
-    return os.path.abspath(path) if path.exists() else value
+    candidates = [file.parent / path, path] if file else [path]
+    found = next((candidate for candidate in candidates if candidate.exists()), None)
+    return os.path.abspath(found) if found else value
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -290,5 +295,5 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(content) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in content if keys.count(key) > 1)
-        raise ValueError(f"found the key '{twice}' twice, allowed: once")
+        raise ValueError(f"the key '{twice}' twice")
     return content

@@ -12,9 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from heterospec_vllm import checks, compat, config
+from heterospec_vllm import checks, compat, config, head
 
-logger = logging.getLogger(__name__)
+# A child of vLLM's logger, so that its handlers and levels apply.
+logger = logging.getLogger("vllm.heterospec")
 
 CPU_WORKER = "heterospec_vllm.runners.worker.HeteroSpecCPUWorker"
 GPU_WORKER = "heterospec_vllm.runners.worker.HeteroSpecGPUWorker"
@@ -41,8 +42,11 @@ class Wrap:
 
     def find(self) -> Any:
         """The attribute as it is now, a staticmethod object included; None where it is gone."""
-        owner = getattr(importlib.import_module(self.module), self.owner, None)
-        return inspect.getattr_static(owner, self.name, None)
+        try:
+            module = importlib.import_module(self.module)
+        except ModuleNotFoundError:
+            return None
+        return inspect.getattr_static(getattr(module, self.owner, None), self.name, None)
 
     def reason(self) -> str | None:
         """Why the target cannot be wrapped or is no longer wrapped by us, or None."""
@@ -100,9 +104,8 @@ def _wrap_add_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
     def add_cli_args(parser: Any) -> Any:
         parser = original(parser)
         action = parser._option_string_actions["--speculative-config"]
-        parse_json = action.type
-        action.type = functools.wraps(parse_json)(
-            functools.partial(config.recognise_path, parse_json)
+        action.type = functools.wraps(action.type)(
+            functools.partial(config.recognise_path, action.type)
         )
         return parser
 
@@ -161,7 +164,7 @@ def _checked_config(
     facts = compat.engine_facts(engine_args, model_config)
     reasons.append(checks.unsupported_reason(facts))
     if not any(reasons):
-        reasons.append(checks.head_reason(compat.head_config(ours.model), facts.target))
+        reasons.append(head.misfit_reason(head.load(ours.model), facts))
     for reason in reasons:
         if reason:
             raise ValueError(f"heterospec: {reason}")
