@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles csrc/ on first use and loads it; one shared library a machine, kept in the user's cache.
+
+The library has a plain C entry and includes no torch header: seconds to compile, not a minute.
+It is linked without an OpenMP runtime. Its `GOMP_*` symbols bind to the runtime that torch has
+put in the process (or to a preloaded libiomp5), so torch's thread count, vLLM's core binding and
+the kernel's threads are the same.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+_SOURCE_DIR = Path(__file__).parent / "csrc"
+_MAIN_SOURCE = "tree_attention.cpp"
+_COMPILERS = ("g++", "c++")
+_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi")
+
+
+class LibraryUnavailable(RuntimeError):
+    """The library cannot be built or loaded here; the message says why and what to do."""
+
+
+def cache_dir() -> Path:
+    """`$XDG_CACHE_HOME/heterospec_vllm`, by default `~/.cache/heterospec_vllm`."""
+    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(root) / "heterospec_vllm"
+
+
+@functools.cache
+def load_library(portable: bool = False) -> ctypes.CDLL:
+    """Builds the library unless the cache has it, and loads it.
+
+    `portable` leaves out every CPU-specific instruction path; tests run both.
+    Raises LibraryUnavailable.
+    """
+    compiler = _find_compiler()
+    command = [*compiler, *_FLAGS, *_target_flags(portable)]
+    path = cache_dir() / f"tree_attention-{_key(command)}.so"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(path.with_suffix(".lock")):
+            if not path.exists():
+                _compile(command, path)
+    except OSError as error:
+        raise LibraryUnavailable(f"cannot write the cache folder {path.parent}: {error}") from error
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise LibraryUnavailable(
+            f"{path} does not load: {error}. It needs the OpenMP runtime that torch loads;"
+            " delete the file to have it built again"
+        ) from error
+
+
+def _find_compiler() -> list[str]:
+    wanted = os.environ.get("CXX")
+    for name in [wanted] if wanted else _COMPILERS:
+        parts = shlex.split(name)
+        if parts and shutil.which(parts[0]):
+            return parts
+    raise LibraryUnavailable(
+        f"no C++ compiler: looked for {wanted or ' and '.join(_COMPILERS)} on PATH;"
+        " install g++ or point CXX at one"
+    )
+
+
+def _target_flags(portable: bool) -> list[str]:
+    if portable:
+        return ["-DHETEROSPEC_PORTABLE"]
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return ["-march=native" if is_x86 else "-mcpu=native"]
+
+
+def _key(command: list[str]) -> str:
+    """Changes with whatever may change the library: sources, flags, compiler, torch, CPU."""
+    digest = hashlib.sha256()
+    for source in sorted(_SOURCE_DIR.iterdir()):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    version = subprocess.run([command[0], "--version"], capture_output=True, check=False).stdout
+    for part in (*command, torch.__version__, _cpu_flags()):
+        digest.update(part.encode() + b"\0")
+    digest.update(version)
+    return digest.hexdigest()[:20]
+
+
+def _cpu_flags() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.lower().startswith(("flags", "features")):
+                return line
+    return platform.processor()
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _compile(command: list[str], path: Path) -> None:
+    print("heterospec: compiling the CPU tree attention kernel (once) ...", file=sys.stderr)
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as folder:
+        unlinked, linked = Path(folder) / "kernel.o", Path(folder) / "kernel.so"
+        source = str(_SOURCE_DIR / _MAIN_SOURCE)
+        for step in (
+            [*command, "-c", source, "-o", str(unlinked)],
+            # No -fopenmp here: see the module's docstring.
+            [command[0], "-shared", str(unlinked), "-o", str(linked)],
+        ):
+            result = subprocess.run(step, capture_output=True, text=True, check=False)
+            if result.returncode != 0:
+                tail = "\n".join(result.stderr.splitlines()[-20:])
+                raise LibraryUnavailable(f"`{shlex.join(step)}` failed:\n{tail}")
+        linked.replace(path)
+    took = time.monotonic() - start
+    print(f"heterospec: compiled in {took:.1f} s, kept in {path.parent}", file=sys.stderr)

@@ -1,0 +1,305 @@
+// SPDX-License-Identifier: Apache-2.0
+// One thread's part of tree attention: the rows of one (request, KV head) over a range of key
+// chunks, with a running softmax. Query rows are packed [row of the request][query head of the
+// group], so that every key and value is read from memory once for all of them.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <new>
+
+#include "gemm.hpp"
+
+namespace heterospec {
+
+constexpr int kChunk = 128;  // keys whose scores are held at a time; a multiple of 2 * kLanes
+constexpr int kMaxPieces = kChunk / kLanes;
+
+// Field order and sizes are those of `_PACK` in tree_attention_cpu.py. Strides count elements.
+struct Arguments {
+  int64_t dtype, num_threads;
+  const void *query, *key_cache, *value_cache;
+  void* output;
+  const int32_t *query_start_loc, *seq_lens, *block_table;
+  const uint64_t* ancestor_mask;
+  int64_t num_reqs, num_heads, num_kv_heads, head_size, block_size;
+  int64_t query_token_stride, query_head_stride;
+  int64_t key_block_stride, key_head_stride, value_block_stride, value_head_stride;
+  int64_t output_token_stride, output_head_stride, block_table_stride;
+  double scale;
+};
+
+// Grows, never shrinks; contents are not kept when it grows.
+template <typename T>
+class Buffer {
+ public:
+  T* at_least(size_t count) {
+    if (count > size_) {
+      data_.reset(static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t{64})));
+      size_ = count;
+    }
+    return data_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(T* p) const { ::operator delete(p, std::align_val_t{64}); }
+  };
+  std::unique_ptr<T, Free> data_;
+  size_t size_ = 0;
+};
+
+// The running softmax of a set of rows: largest score (base-2), sum of weights, weighted values.
+struct Partial {
+  float *largest, *sum, *values;  // [rows], [rows], [rows, head_size]
+
+  Partial(float* memory, int64_t rows)
+      : largest(memory), sum(memory + rows), values(memory + 2 * rows) {}
+  static int64_t floats(int64_t rows, int64_t head_size) { return rows * (2 + head_size); }
+};
+
+template <typename T>
+class Attend {
+  using L = typename Left<T>::type;
+  using Bits = unsigned __int128;
+  static_assert(kChunk <= 128, "one bit a key of the chunk");
+
+  struct Piece {  // keys of a chunk that lie in one cache block
+    const T *keys, *values;
+    int offset, size;  // offset: within the chunk
+  };
+  struct Chunk {
+    int64_t first;
+    int size, dense;  // the first `dense` keys are seen by every row; even
+    bool masked;
+    int num_pieces;
+    Piece pieces[kMaxPieces];
+  };
+
+ public:
+  explicit Attend(const Arguments& args)
+      : args_(args),
+        dim_(int(args.head_size)),
+        group_(int(args.num_heads / args.num_kv_heads)),
+        exponent_scale_(float(args.scale * 1.4426950408889634)) {}
+
+  // Attends the request's rows to key chunks [begin, end) of its sequence.
+  void run(int64_t req, int64_t kv_head, int64_t begin, int64_t end) {
+    start(req, kv_head);
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      const Chunk c = locate(chunk);
+      for (int tile = 0; tile < rows_; tile += kTileRows)
+        attend_tile(c, tile, std::min(kTileRows, rows_ - tile));
+    }
+    for (int r = 0; r < rows_; ++r) state().sum[r] = reduce_add(load(lane_sums_ + r * kLanes));
+  }
+
+  void save(float* memory) {
+    std::copy_n(state_, Partial::floats(rows_, dim_), memory);
+  }
+
+  // Adds what another thread saved for other chunks of the same rows.
+  void merge(float* memory) {
+    const Partial mine = state(), other(memory, rows_);
+    for (int r = 0; r < rows_; ++r) {
+      const float largest = std::max(mine.largest[r], other.largest[r]);
+      if (largest == kNone) continue;
+      const float keep = std::exp2(mine.largest[r] - largest);
+      const float add = std::exp2(other.largest[r] - largest);
+      mine.largest[r] = largest;
+      mine.sum[r] = mine.sum[r] * keep + other.sum[r] * add;
+      for (int d = 0; d < dim_; d += kLanes) {
+        float* values = mine.values + r * dim_ + d;
+        store(values, load(values) * keep + load(other.values + r * dim_ + d) * add);
+      }
+    }
+  }
+
+  void write_output() {
+    const Partial mine = state();
+    for (int r = 0; r < rows_; ++r) {
+      T* out = static_cast<T*>(args_.output) +
+               (first_row_ + r / group_) * args_.output_token_stride +
+               (kv_head_ * group_ + r % group_) * args_.output_head_stride;
+      const float inverse = 1.0f / mine.sum[r];
+      for (int d = 0; d < dim_; d += kLanes)
+        store_out(out + d, load(mine.values + r * dim_ + d) * inverse);
+    }
+  }
+
+ private:
+  static constexpr float kNone = -std::numeric_limits<float>::infinity();
+
+  static void store_out(T* to, vf16 v) { store(to, v); }
+
+  Partial state() { return Partial(state_, rows_); }
+
+  void start(int64_t req, int64_t kv_head) {
+    req_ = req;
+    kv_head_ = kv_head;
+    first_row_ = args_.query_start_loc[req];
+    const int query_len = int(args_.query_start_loc[req + 1] - first_row_);
+    rows_ = query_len * group_;
+    context_ = args_.seq_lens[req] - query_len;
+    state_ = state_memory_.at_least(Partial::floats(rows_, dim_));
+    lane_sums_ = lane_sum_memory_.at_least(size_t(rows_) * kLanes);
+    std::fill_n(state_, rows_, kNone);
+    std::fill_n(state_ + rows_, Partial::floats(rows_, dim_) - rows_, 0.0f);
+    std::fill_n(lane_sums_, rows_ * kLanes, 0.0f);
+    pack_query();
+  }
+
+  void pack_query() {
+    query_ = query_memory_.at_least(size_t(rows_) * dim_);
+    for (int r = 0; r < rows_; ++r) {
+      const T* from = static_cast<const T*>(args_.query) +
+                      (first_row_ + r / group_) * args_.query_token_stride +
+                      (kv_head_ * group_ + r % group_) * args_.query_head_stride;
+      for (int d = 0; d < dim_; d += kLanes) store(query_ + r * dim_ + d, load(from + d));
+    }
+  }
+
+  Chunk locate(int64_t chunk) const {
+    Chunk c;
+    c.first = chunk * kChunk;
+    const int64_t end = std::min<int64_t>(c.first + kChunk, args_.seq_lens[req_]);
+    c.size = int(end - c.first);
+    c.masked = end > context_;
+    c.dense = int(std::clamp<int64_t>(context_ - c.first, 0, c.size)) & ~1;
+    c.num_pieces = 0;
+    const int32_t* blocks = args_.block_table + req_ * args_.block_table_stride;
+    for (int64_t position = c.first; position < end;) {
+      const int64_t block = blocks[position / args_.block_size];
+      const int64_t inside = position % args_.block_size;
+      Piece& piece = c.pieces[c.num_pieces++];
+      piece.offset = int(position - c.first);
+      piece.size = int(std::min(args_.block_size - inside, end - position));
+      piece.keys = static_cast<const T*>(args_.key_cache) + block * args_.key_block_stride +
+                   kv_head_ * args_.key_head_stride + inside;
+      piece.values = static_cast<const T*>(args_.value_cache) + block * args_.value_block_stride +
+                     kv_head_ * args_.value_head_stride + inside * dim_;
+      position += piece.size;
+    }
+    return c;
+  }
+
+  void attend_tile(const Chunk& c, int tile, int count) {
+    alignas(64) float scores[kTileRows * kChunk];
+    alignas(64) L weights[kTileRows * kChunk];
+    float keep[kTileRows];
+    Bits sparse[kTileRows];
+    for (int p = 0; p < c.num_pieces; ++p) {
+      const Piece& piece = c.pieces[p];
+      const int columns = (piece.size + kLanes - 1) / kLanes * kLanes;
+      gemm<T>(count, query_ + tile * dim_, dim_, piece.keys, int(args_.block_size),
+              scores + piece.offset, kChunk, columns, dim_, nullptr);
+    }
+    for (int r = 0; r < count; ++r) {
+      const Bits seen = c.masked ? visible(c, tile + r) : ~Bits{0};
+      sparse[r] = seen & ~low_bits(c.dense);
+      float* row = scores + r * kChunk;
+      keep[r] = c.masked ? softmax<true>(row, weights + r * kChunk, c.size, tile + r, seen)
+                         : softmax<false>(row, weights + r * kChunk, kChunk, tile + r, seen);
+    }
+    float* values = state().values + tile * dim_;
+    add_dense(c, count, weights, values, keep);
+    if (!c.masked) return;
+    for (int r = 0; r < count; ++r)
+      add_sparse(c, sparse[r], weights + r * kChunk, values + r * dim_);
+  }
+
+  static Bits low_bits(int count) {
+    return count >= 128 ? ~Bits{0} : (Bits{1} << count) - 1;
+  }
+
+  // Bit i: the row sees key i of the chunk.
+  Bits visible(const Chunk& c, int row) const {
+    const Bits tree = args_.ancestor_mask[first_row_ + row / group_];
+    const int64_t shift = context_ - c.first;
+    const Bits context = low_bits(int(std::clamp<int64_t>(shift, 0, c.size)));
+    const Bits rows = shift >= 0 ? tree << shift : (shift > -64 ? tree >> -shift : Bits{0});
+    return (context | rows) & low_bits(c.size);
+  }
+
+  // Turns scores into weights and returns the factor for what was summed before this chunk.
+  template <bool kMasked>
+  float softmax(float* scores, L* weights, int size, int row, Bits seen) {
+    const int vectors = kMasked ? (size + 2 * kLanes - 1) / (2 * kLanes) * 2 : kChunk / kLanes;
+    vf16 best = splat(kNone);
+    for (int v = 0; v < vectors; ++v) {
+      vf16 s = load(scores + v * kLanes) * exponent_scale_;
+      if constexpr (kMasked) s = keep_lanes(uint32_t(seen >> (v * kLanes)) & 0xffffu, s, kNone);
+      best = max(best, s);
+      store(scores + v * kLanes, s);
+    }
+    float& largest = state().largest[row];
+    const float before = largest;
+    largest = std::max(before, reduce_max(best));
+    if (largest == kNone) {  // the row has seen no key yet
+      return 1.0f;
+    }
+    const float keep = before == largest ? 1.0f : std::exp2(before - largest);
+    vf16 sum = load(lane_sums_ + row * kLanes) * keep;
+    for (int v = 0; v < vectors; ++v) {
+      vf16 p = exp2_nonpositive(load(scores + v * kLanes) - largest);
+      if constexpr (kMasked) p = keep_lanes(uint32_t(seen >> (v * kLanes)) & 0xffffu, p, 0.0f);
+      store(weights + v * kLanes, p);
+      // The sum of the weights as stored: rounding them then cancels to first order.
+      if constexpr (!std::is_same_v<L, float>) p = load(weights + v * kLanes);
+      sum += p;
+    }
+    store(lane_sums_ + row * kLanes, sum);
+    return keep;
+  }
+
+  void add_dense(const Chunk& c, int count, const L* weights, float* values, const float* keep) {
+    static constexpr float kOnes[kTileRows] = {1, 1, 1
+#if defined(HETEROSPEC_AVX512)
+                                               ,
+                                               1, 1, 1, 1, 1, 1, 1, 1, 1
+#endif
+    };
+    if (c.dense == 0) {
+      for (int r = 0; r < count; ++r)
+        for (int d = 0; d < dim_; d += kLanes)
+          store(values + r * dim_ + d, load(values + r * dim_ + d) * keep[r]);
+      return;
+    }
+    for (int p = 0; p < c.num_pieces && c.pieces[p].offset < c.dense; ++p) {
+      const Piece& piece = c.pieces[p];
+      gemm<T>(count, weights + piece.offset, kChunk, piece.values, dim_, values, dim_, dim_,
+              std::min(piece.size, c.dense - piece.offset), p == 0 ? keep : kOnes);
+    }
+  }
+
+  // Keys that only some rows see: visits the set bits, so that a hidden key's values (perhaps NaN)
+  // are never touched.
+  void add_sparse(const Chunk& c, Bits keys, const L* weights, float* values) {
+    for (int p = 0; p < c.num_pieces; ++p) {
+      const Piece& piece = c.pieces[p];
+      Bits here = (keys >> piece.offset) & low_bits(piece.size);
+      for (; here != 0; here &= here - 1) {
+        const uint64_t low = uint64_t(here);
+        const int key = low ? __builtin_ctzll(low) : 64 + __builtin_ctzll(uint64_t(here >> 64));
+        const float weight = to_float(weights[piece.offset + key]);
+        const T* from = piece.values + int64_t(key) * dim_;
+        for (int d = 0; d < dim_; d += kLanes)
+          store(values + d, load(values + d) + load(from + d) * weight);
+      }
+    }
+  }
+
+  const Arguments& args_;
+  const int dim_, group_;
+  const float exponent_scale_;
+  int64_t req_ = 0, kv_head_ = 0, first_row_ = 0, context_ = 0;
+  int rows_ = 0;
+  float *state_ = nullptr, *lane_sums_ = nullptr;
+  L* query_ = nullptr;
+  inline static thread_local Buffer<float> state_memory_, lane_sum_memory_;
+  inline static thread_local Buffer<L> query_memory_;
+};
+
+}  // namespace heterospec
