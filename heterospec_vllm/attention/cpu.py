@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tree attention for vLLM's CPU backend: the same KV pages, the same layers, one more kind of row.
+
+vLLM ignores every backend name but CPU_ATTN on CPU, so these classes stand in for its CPU_ATTN (registered by our
+worker only). A step without trees runs vLLM's own code untouched; in a step with trees the runner puts the tree
+requests first, our op takes their rows and vLLM's op the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadata,
+    CPUAttentionMetadataBuilder,
+)
+
+from heterospec_vllm.kernels._tail_shim import tree_attention_cpu
+
+
+@dataclass
+class TreeRows:
+    """The rows that attend to a paged context plus an explicit list of tail rows.
+
+    Filled by the runner (target step: the tail is the step's own keys and values) or by the proposer (a draft
+    level: the tail is the head's scratch).
+    """
+
+    query_start_loc: torch.Tensor  # [num_tree_reqs + 1] int32
+    context_lens: (
+        torch.Tensor
+    )  # [num_tree_reqs] int32, paged keys that every row of the request sees
+    block_table: torch.Tensor  # [num_tree_reqs, max_blocks] int32
+    tail_index: torch.Tensor  # [num_tree_tokens, max_tail] int32, rows of the tail, -1 padded
+
+    @property
+    def num_tokens(self) -> int:
+        return self.tail_index.shape[0]
+
+
+@dataclass
+class TreeAttentionMetadata:
+    """Attention metadata of a step in which some requests carry trees; they come first in the batch."""
+
+    trees: TreeRows
+    rest: CPUAttentionMetadata | None  # the other requests, None where there are none
+
+
+@dataclass
+class DraftLevelMetadata:
+    """Attention metadata of one draft level: tree nodes attend to the head's pages and to its scratch."""
+
+    rows: TreeRows
+    scratch_slots: torch.Tensor  # [num_tokens] int64, where this level's keys and values go
+    # layer name -> (keys, values), each [num_scratch_slots, num_kv_heads, head_size]
+    scratch: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(repr=False)
+
+
+class HeteroSpecCPUAttentionBackend(CPUAttentionBackend):
+    @staticmethod
+    def get_impl_cls() -> type[HeteroSpecCPUAttentionImpl]:
+        return HeteroSpecCPUAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[HeteroSpecCPUAttentionMetadataBuilder]:
+        return HeteroSpecCPUAttentionMetadataBuilder
+
+
+class HeteroSpecCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
+    """vLLM's builder, with the ``vec`` KV layout only and a place for the step's trees."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        if self.isa == "amx":
+            # AMX tiles K and V; vec's plain layout is the one that our op reads.
+            self.isa = "vec"
+            self._set_isa_to_layers(self.layer_names)
+        self.step_trees: TreeRows | None = None
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> CPUAttentionMetadata | TreeAttentionMetadata:  # type: ignore[override]
+        trees = self.step_trees
+        if trees is None:
+            return super().build(common_prefix_len, common_attn_metadata, fast_build)
+        rest = _requests_from(common_attn_metadata, trees.context_lens.shape[0], trees.num_tokens)
+        if rest is None:
+            return TreeAttentionMetadata(trees, None)
+        return TreeAttentionMetadata(trees, super().build(common_prefix_len, rest, fast_build))
+
+
+class HeteroSpecCPUAttentionImpl(CPUAttentionBackendImpl):
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self._pages: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+
+    def _key_value_pages(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The layer's K and V pages as vLLM's own impl views them, made once per cache tensor."""
+        if self._pages is None or self._pages[0] is not kv_cache:
+            num_blocks, num_kv_heads, block_size, _ = kv_cache.size()
+            pages = kv_cache.view((num_blocks, num_kv_heads, block_size * 2, -1))
+            self._pages = (kv_cache, *pages.chunk(2, dim=2))
+        return self._pages[1], self._pages[2]
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,  # [num_tokens, num_heads, head_size]
+        key: torch.Tensor,  # [num_tokens, num_kv_heads, head_size]
+        value: torch.Tensor,  # [num_tokens, num_kv_heads, head_size]
+        kv_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, 2 * head_size]
+        attn_metadata: CPUAttentionMetadata | TreeAttentionMetadata | DraftLevelMetadata | None,
+        output: torch.Tensor,  # [num_tokens, num_heads, head_size]
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if isinstance(attn_metadata, TreeAttentionMetadata):
+            return self._forward_trees(layer, query, key, value, kv_cache, attn_metadata, output)
+        if isinstance(attn_metadata, DraftLevelMetadata):
+            return self._forward_draft_level(
+                layer, query, key, value, kv_cache, attn_metadata, output
+            )
+        return super().forward(
+            layer,
+            query,
+            key,
+            value,
+            kv_cache,
+            attn_metadata,
+            output,
+            output_scale,
+            output_block_scale,
+        )
+
+    def _forward_trees(self, layer, query, key, value, kv_cache, metadata, output) -> torch.Tensor:
+        num_tokens = metadata.trees.num_tokens
+        self._attend(query[:num_tokens], kv_cache, key, value, metadata.trees, output[:num_tokens])
+        if metadata.rest is not None:
+            super().forward(
+                layer,
+                query[num_tokens:],
+                key[num_tokens:],
+                value[num_tokens:],
+                kv_cache,
+                metadata.rest,
+                output[num_tokens:],
+            )
+        return output
+
+    def _forward_draft_level(
+        self, layer, query, key, value, kv_cache, metadata, output
+    ) -> torch.Tensor:
+        num_tokens = metadata.rows.num_tokens
+        scratch_key, scratch_value = metadata.scratch[layer.layer_name]
+        scratch_key[metadata.scratch_slots] = key[:num_tokens]
+        scratch_value[metadata.scratch_slots] = value[:num_tokens]
+        self._attend(
+            query[:num_tokens],
+            kv_cache,
+            scratch_key,
+            scratch_value,
+            metadata.rows,
+            output[:num_tokens],
+        )
+        return output
+
+    def _attend(self, query, kv_cache, tail_key, tail_value, rows: TreeRows, output) -> None:
+        key_pages, value_pages = self._key_value_pages(kv_cache)
+        tree_attention_cpu(
+            query,
+            key_pages,
+            value_pages,
+            output,
+            rows.query_start_loc,
+            rows.context_lens,
+            rows.block_table,
+            tail_key,
+            tail_value,
+            rows.tail_index,
+            self.scale,
+        )
+
+
+def _requests_from(
+    common: CommonAttentionMetadata, first_req: int, first_token: int
+) -> CommonAttentionMetadata | None:
+    """The batch without its first requests."""
+    if first_req >= common.num_reqs:
+        return None
+    query_start_loc_cpu = common.query_start_loc_cpu[first_req:] - first_token
+    query_start_loc = common.query_start_loc[first_req:] - first_token
+    return replace(
+        common,
+        query_start_loc=query_start_loc,
+        query_start_loc_cpu=query_start_loc_cpu,
+        seq_lens=common.seq_lens[first_req:],
+        num_reqs=common.num_reqs - first_req,
+        num_actual_tokens=common.num_actual_tokens - first_token,
+        block_table_tensor=common.block_table_tensor[first_req:],
+        slot_mapping=common.slot_mapping[first_token:],
+    )

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which requests decode plainly inside a speculating batch, and why. One reason string each, logged once."""
+
+from __future__ import annotations
+
+from vllm.sampling_params import SamplingParams
+from vllm.v1.worker.gpu_input_batch import CachedRequestState
+
+from heterospec_vllm.config import MAX_NODES, RequestOptions
+
+
+def fallback_reason(request: CachedRequestState, custom_logits_processors: bool) -> str | None:
+    """Why a request is never drafted for, None where it is.
+
+    A tree's rows have different pasts, so whatever depends on the tokens emitted so far (grammar, penalties, bad
+    words, thinking budget) would need a state per node; such requests keep their exact answers by decoding plainly.
+    """
+    params = request.sampling_params
+    if params is None:
+        return "pooling"
+    if request.prompt_embeds is not None:
+        return "prompt_embeds"
+    if request.mm_features:
+        return "multimodal"
+    return "custom_logits_processor" if custom_logits_processors else _sampling_reason(params)
+
+
+def _sampling_reason(params: SamplingParams) -> str | None:
+    if params.structured_outputs is not None:
+        return "structured_output"
+    if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0:
+        return "penalties"
+    if params.bad_words:
+        return "bad_words"
+    if params.thinking_token_budget is not None:
+        return "thinking_token_budget"
+    if RequestOptions.from_extra_args(params.extra_args).heterospec == "off":
+        return "switched_off"
+    return None
+
+
+def most_nodes(request: CachedRequestState) -> int:
+    """The draft nodes a request asks for at most (``heterospec_max_nodes``)."""
+    params = request.sampling_params
+    assert params is not None
+    asked = RequestOptions.from_extra_args(params.extra_args).heterospec_max_nodes
+    return MAX_NODES if asked is None else asked
+
+
+def awaits_min_tokens(request: CachedRequestState) -> bool:
+    """Whether stop tokens are still masked by position, which differs between the nodes of a tree."""
+    params = request.sampling_params
+    assert params is not None
+    return len(request.output_token_ids) < params.min_tokens

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Counters of what the engine drafted, verified and accepted; plain integers, read by RPC."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from heterospec_vllm.tree import DraftTrees, Ints
+from heterospec_vllm.verify import Walk
+
+
+@dataclass
+class StepCounters:
+    """Sums since the engine started (or since the last :meth:`reset`)."""
+
+    steps: int = 0  # target steps
+    eligible_steps: int = 0  # steps in which some request had been drafted for
+    tree_steps: int = 0  # eligible steps in which some draft was a tree rather than a chain
+    draft_steps: int = 0  # steps after which the head drafted
+    drafted_trees: int = 0  # requests' drafts that were verified
+    verified_nodes: int = 0
+    accepted_nodes: int = 0
+    accepted_non_first_child: int = (
+        0  # accepted nodes that were not the likeliest child of their parent
+    )
+    max_verified_depth: int = 0
+    max_accepted_depth: int = 0
+    moved_kv_rows: int = 0
+    steps_compacted_in_place: int = 0  # eligible steps in which no key or value had to move
+    dropped_drafts: int = 0  # scheduled drafts that matched no tree (padding, resumed requests)
+    accepted_per_depth: Counter[int] = field(default_factory=Counter)
+    fallbacks: Counter[str] = field(default_factory=Counter)  # requests decoded plainly, by reason
+
+    def record_walk(self, trees: DraftTrees, walked: Walk, num_moves: int) -> None:
+        self.eligible_steps += 1
+        self.tree_steps += bool((~trees.is_chain).any())
+        self.drafted_trees += int((trees.num_nodes > 0).sum())
+        self.verified_nodes += int(trees.num_nodes.sum())
+        accepted: Ints = walked.num_accepted
+        self.accepted_nodes += int(accepted.sum())
+        self.max_verified_depth = max(self.max_verified_depth, trees.max_depth)
+        self.max_accepted_depth = max(self.max_accepted_depth, int(accepted.max(initial=0)))
+        rows = np.maximum(walked.rows, 0)
+        ranks = np.take_along_axis(trees.ranks, rows, axis=1)
+        self.accepted_non_first_child += int(((walked.rows > 0) & (ranks > 0)).sum())
+        self.accepted_per_depth.update(
+            {depth: int(n) for depth, n in enumerate((walked.rows > 0).sum(axis=0)) if depth > 0}
+        )
+        self.moved_kv_rows += num_moves
+        self.steps_compacted_in_place += num_moves == 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            **asdict(self),
+            "accepted_per_depth": dict(self.accepted_per_depth),
+            "fallbacks": dict(self.fallbacks),
+        }

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The workers that vLLM starts when our config is used: they register our attention and build our runner."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.worker import cpu_worker
+
+from heterospec_vllm.attention.cpu import HeteroSpecCPUAttentionBackend
+from heterospec_vllm.kernels import _tail_shim as tree_attention_cpu
+from heterospec_vllm.runners.v1 import HeteroSpecCPUModelRunner
+
+
+class HeteroSpecCPUWorker(cpu_worker.CPUWorker):
+    """vLLM's CPU worker around our model runner."""
+
+    model_runner: HeteroSpecCPUModelRunner
+
+    def init_device(self) -> None:
+        tree_attention_cpu.ensure_built()
+        backend = HeteroSpecCPUAttentionBackend
+        register_backend(
+            AttentionBackendEnum.CPU_ATTN, f"{backend.__module__}.{backend.__qualname__}"
+        )
+        with _our_runner_class():
+            super().init_device()
+
+    def set_heterospec_policy(self, policy: str, **bounds: int) -> None:
+        """Switch the policy (and optionally num_speculative_tokens, max_depth, top_k) between steps."""
+        self.model_runner.set_policy(policy, **bounds)
+
+    def heterospec_counters(self, reset: bool = False) -> dict[str, Any]:
+        """What was drafted, verified and accepted so far (``metrics.StepCounters``)."""
+        return self.model_runner.read_counters(reset)
+
+
+@contextmanager
+def _our_runner_class() -> Iterator[None]:
+    """CPUWorker.init_device names its runner class itself; remove when it asks an overridable method."""
+    theirs = cpu_worker.CPUModelRunner
+    cpu_worker.CPUModelRunner = HeteroSpecCPUModelRunner  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        cpu_worker.CPUModelRunner = theirs  # type: ignore[misc]

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TreeScorer: one step's trees on the target - how their rows attend, how they are walked, how KV is compacted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from vllm.v1.outputs import LogprobsTensors, SamplerOutput
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.sampler import Sampler
+
+from heterospec_vllm.attention.cpu import TreeRows
+from heterospec_vllm.cache import KVMoves, plan_moves
+from heterospec_vllm.kernels.kv_compact_cpu import kv_compact_cpu
+from heterospec_vllm.tree import NO_ROW, DraftTrees, Ints
+from heterospec_vllm.verify import Walk, walk
+
+NO_TOKEN = -1  # vLLM's PLACEHOLDER_TOKEN_ID
+
+
+class TreeScorer:
+    """Attends, walks and compacts the trees of one batch at a time; holds no state between steps."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self.sampler = sampler
+
+    def attention_rows(
+        self,
+        trees: DraftTrees,  # of the requests that attend as trees, which come first in the batch
+        context_lens: Ints,  # [num_tree_reqs] keys in the pages before this step
+        block_table: torch.Tensor,  # [num_tree_reqs, max_blocks] int32
+    ) -> TreeRows:
+        """Which keys every tree row sees: its request's context and, among the step's rows, its ancestors."""
+        num_rows = trees.num_nodes + 1
+        start = np.zeros(trees.num_reqs + 1, dtype=np.int64)
+        np.cumsum(num_rows, out=start[1:])
+        path = trees.path_to_root()
+        tail = np.where(path >= 0, path + start[:-1, None, None], NO_ROW)
+        real = np.arange(trees.max_nodes + 1) < num_rows[:, None]
+        return TreeRows(
+            query_start_loc=torch.from_numpy(start).int(),
+            context_lens=torch.from_numpy(context_lens).int(),
+            block_table=block_table,
+            tail_index=torch.from_numpy(tail[real]).int(),
+        )
+
+    def walk(
+        self,
+        trees: DraftTrees,
+        logits: torch.Tensor,  # [num_logits, vocab_size], each request's root and nodes in row order
+        sampling_metadata: SamplingMetadata,
+    ) -> tuple[Walk, SamplerOutput]:
+        """Walk the batch with the target's own samples; the output has vLLM's padded spec-decode form.
+
+        Greedy batches take one argmax over all rows. Otherwise vLLM's sampler runs once a depth on the visited
+        rows only, so a seeded request draws exactly one seed for every token it emits, as without speculation.
+        """
+        first_row = np.zeros(trees.num_reqs, dtype=np.int64)
+        np.cumsum(trees.num_nodes[:-1] + 1, out=first_row[1:])
+        if _is_plain_greedy(sampling_metadata):
+            argmax = self.sampler.greedy_sample(logits.float()).numpy()
+            walked = walk(trees, lambda reqs, rows, _: argmax[first_row[reqs] + rows])
+            return walked, _sampler_output(walked, None)
+        levels: list[_SampledLevel] = []
+
+        def sample(reqs: Ints, rows: Ints, depth: int) -> Ints:
+            level = self._sample_level(logits, first_row, reqs, rows, depth, sampling_metadata)
+            levels.append(level)
+            return level.tokens
+
+        walked = walk(trees, sample)
+        return walked, _sampler_output(walked, _stitch_logprobs(walked, levels))
+
+    def _sample_level(
+        self,
+        logits: torch.Tensor,
+        first_row: Ints,
+        reqs: Ints,
+        rows: Ints,
+        depth: int,
+        metadata: SamplingMetadata,
+    ) -> _SampledLevel:
+        """vLLM's sampler on the rows visited at one depth."""
+        at = first_row.copy()
+        at[reqs] += rows
+        if depth > 0:
+            metadata = _for_deeper_levels(metadata, reqs)
+            if not _rows_are_bound(metadata):
+                metadata = _subset(metadata, reqs)
+                at = at[reqs]
+        output = self.sampler(logits=logits[torch.from_numpy(at)], sampling_metadata=metadata)
+        picked = slice(None) if at.size == reqs.size else reqs
+        tokens = output.sampled_token_ids.view(-1).numpy().astype(np.int64)[picked]
+        logprobs = output.logprobs_tensors
+        if logprobs is not None and at.size != reqs.size:
+            index = torch.from_numpy(reqs)
+            logprobs = LogprobsTensors(*(None if t is None else t[index] for t in logprobs[:3]))
+        return _SampledLevel(reqs, tokens, logprobs)
+
+    def compact(
+        self,
+        walked: Walk,
+        root_rows: Ints,  # [num_reqs] token row of each request's root in the step
+        slot_mapping: torch.Tensor,  # [num_step_tokens] int64
+        kv_caches: list[
+            torch.Tensor
+        ],  # target layers, each [num_blocks, num_kv_heads, block_size, 2 * head_size]
+    ) -> KVMoves:
+        """Bring the accepted rows' keys and values into the slots that follow the context."""
+        moves = plan_moves(walked, root_rows)
+        if moves.num_moves:
+            kv_compact_cpu(
+                kv_caches,
+                slot_mapping[torch.from_numpy(moves.sources)],
+                slot_mapping[torch.from_numpy(moves.targets)],
+            )
+        return moves
+
+
+class _SampledLevel:
+    """Requests sampled at one depth, their tokens and logprobs."""
+
+    __slots__ = ("logprobs", "reqs", "tokens")
+
+    def __init__(self, reqs: Ints, tokens: Ints, logprobs: LogprobsTensors | None) -> None:
+        self.reqs = reqs
+        self.tokens = tokens
+        self.logprobs = logprobs
+
+
+def _is_plain_greedy(metadata: SamplingMetadata) -> bool:
+    """Whether every row's token is the argmax of its raw logits and nothing else is asked for."""
+    holder = metadata.thinking_budget_state_holder
+    return (
+        metadata.all_greedy
+        and metadata.max_num_logprobs is None
+        and not metadata.logprob_token_ids
+        and metadata.no_penalties
+        and not metadata.bad_words_token_ids
+        and metadata.allowed_token_ids_mask is None
+        and not any(_is_active(p) for p in metadata.logitsprocs.non_argmax_invariant)
+        and not (holder is not None and holder.has_tracked_requests())
+    )
+
+
+def _is_active(processor: object) -> bool:
+    """Whether a built-in logits processor touches any request of the batch (unknown ones always may)."""
+    for attribute in ("biases", "min_toks"):
+        if hasattr(processor, attribute):
+            return bool(getattr(processor, attribute))
+    count = getattr(processor, "min_p_count", None)
+    return True if count is None else bool(count)
+
+
+def _for_deeper_levels(metadata: SamplingMetadata, reqs: Ints) -> SamplingMetadata:
+    """Below the root only speculating requests are sampled: no path-dependent rules, only their generators."""
+    active = set(reqs.tolist())
+    return replace(
+        metadata,
+        generators={i: g for i, g in metadata.generators.items() if i in active},
+        no_penalties=True,
+        bad_words_token_ids={},
+        thinking_budget_state_holder=None,
+    )
+
+
+def _rows_are_bound(metadata: SamplingMetadata) -> bool:
+    """Whether some rule is keyed by the row's place in the batch, so that rows must stay where they are."""
+    processors = (
+        *metadata.logitsprocs.argmax_invariant,
+        *metadata.logitsprocs.non_argmax_invariant,
+    )
+    return (
+        any(_is_active(p) for p in processors)
+        or metadata.allowed_token_ids_mask is not None
+        or bool(metadata.logprob_token_ids)
+    )
+
+
+def _subset(metadata: SamplingMetadata, reqs: Ints) -> SamplingMetadata:
+    index = torch.from_numpy(reqs)
+
+    def rows(values: torch.Tensor | None) -> torch.Tensor | None:
+        return None if values is None else values[index]
+
+    place = {int(req): i for i, req in enumerate(reqs)}
+    return replace(
+        metadata,
+        temperature=rows(metadata.temperature),
+        top_p=rows(metadata.top_p),
+        top_k=rows(metadata.top_k),
+        generators={place[i]: g for i, g in metadata.generators.items()},
+        logitsprocs=type(metadata.logitsprocs)(),
+    )
+
+
+def _sampler_output(walked: Walk, logprobs: LogprobsTensors | None) -> SamplerOutput:
+    tokens = torch.from_numpy(walked.tokens.astype(np.int32))
+    return SamplerOutput(sampled_token_ids=tokens, logprobs_tensors=logprobs)
+
+
+def _stitch_logprobs(walked: Walk, levels: list[_SampledLevel]) -> LogprobsTensors | None:
+    """Per-depth logprobs laid out as vLLM's parse_output expects: ``num_reqs * max_emitted`` rows."""
+    if levels[0].logprobs is None:
+        return None
+    num_reqs, width = walked.rows.shape
+    stitched = []
+    for values in levels[0].logprobs[:3]:
+        stitched.append(values.new_zeros((num_reqs * width, *values.shape[1:])))
+    for depth, level in enumerate(levels):
+        at = torch.from_numpy(level.reqs * width + depth)
+        assert level.logprobs is not None
+        for out, values in zip(stitched, level.logprobs[:3], strict=True):
+            out[at] = values
+    return LogprobsTensors(*stitched)

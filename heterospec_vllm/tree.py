@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draft trees of a batch: the record, its invariants and how a tree is cut out of a candidate pool.
+
+A tree of ``n`` draft nodes has ``n + 1`` rows. Row 0 is the root: the token that the target emitted last.
+Row ``r`` (``r >= 1``) is draft node ``r - 1`` of the flat list that vLLM schedules. Invariants, held by every
+:class:`DraftTrees` this module makes and checked by :meth:`DraftTrees.check`:
+
+* parents first: ``parents[r] < r``, so every prefix of the rows is itself a connected tree;
+* depths: ``depths[0] == 0`` and ``depths[r] == depths[parents[r]] + 1``;
+* siblings carry distinct tokens, so the walk is deterministic;
+* the meta-path (from the root always to the most likely child) comes first: rows ``1..d``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float32]
+
+NO_ROW = -1
+
+
+@dataclass(frozen=True)
+class CandidatePool:
+    """Everything the draft head proposed for a batch in one step, before nodes are chosen.
+
+    Columns are in expansion order: a parent's column is lower than its children's.
+    """
+
+    tokens: Ints  # [num_reqs, pool_size]
+    scores: Floats  # [num_reqs, pool_size] cumulative log-probability from the root, non-increasing along a path
+    parents: Ints  # [num_reqs, pool_size] column of the parent, NO_ROW = child of the root
+    ranks: (
+        Ints  # [num_reqs, pool_size] place among its siblings by draft probability, 0 = most likely
+    )
+
+
+@dataclass(frozen=True)
+class DraftTrees:
+    """Draft trees of ``num_reqs`` requests, padded to one width."""
+
+    tokens: Ints  # [num_reqs, max_nodes] draft tokens, NO_ROW beyond num_nodes
+    parents: Ints  # [num_reqs, max_nodes + 1] parent row, NO_ROW for the root and beyond
+    depths: Ints  # [num_reqs, max_nodes + 1] 0 for the root and beyond
+    ranks: Ints  # [num_reqs, max_nodes + 1] place among siblings, 0 for the root and beyond
+    num_nodes: Ints  # [num_reqs]
+
+    @property
+    def num_reqs(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def max_nodes(self) -> int:
+        return self.tokens.shape[1]
+
+    @cached_property
+    def max_depth(self) -> int:
+        return int(self.depths.max(initial=0))
+
+    @cached_property
+    def is_chain(self) -> NDArray[np.bool_]:
+        """[num_reqs] True where every node is the only child of the row before it (an empty tree is a chain)."""
+        rows = np.arange(self.max_nodes + 1)
+        real = (rows >= 1) & (rows <= self.num_nodes[:, None])
+        return ~(real & (self.parents != rows - 1)).any(axis=1)
+
+    @classmethod
+    def empty(cls, num_reqs: int, max_nodes: int = 0) -> DraftTrees:
+        rows = (num_reqs, max_nodes + 1)
+        return cls(
+            tokens=np.full((num_reqs, max_nodes), NO_ROW),
+            parents=np.full(rows, NO_ROW),
+            depths=np.zeros(rows, dtype=np.int64),
+            ranks=np.zeros(rows, dtype=np.int64),
+            num_nodes=np.zeros(num_reqs, dtype=np.int64),
+        )
+
+    @classmethod
+    def from_pool(
+        cls,
+        pool: CandidatePool,
+        max_nodes: Ints,  # [num_reqs] most nodes of each request's tree
+    ) -> DraftTrees:
+        """Keep each request's most likely candidates (EAGLE-2 rerank) and flatten them, meta-path first.
+
+        A child never outscores its parent and follows it in the pool, so a stable sort by score keeps every
+        prefix connected.
+        """
+        num_reqs, pool_size = pool.tokens.shape
+        width = min(int(max_nodes.max(initial=0)), pool_size)
+        if width <= 0:
+            return cls.empty(num_reqs)
+        reqs = np.arange(num_reqs)[:, None]
+        # NaN (a poisoned head) must sort last, never first.
+        order = np.argsort(-np.nan_to_num(pool.scores, nan=-np.inf), axis=1, kind="stable")[
+            :, :width
+        ]
+        row_of = np.full((num_reqs, pool_size + 1), NO_ROW)
+        row_of[:, pool_size] = 0  # parent NO_ROW (= last column) is the root
+        row_of[reqs, order] = np.arange(1, width + 1)
+        parents = row_of[reqs, pool.parents[reqs, order]]
+        num_nodes = np.minimum(max_nodes, width)
+        parents[np.arange(width) >= num_nodes[:, None]] = NO_ROW
+        place = _meta_path_first(parents, num_nodes)
+        order = order[reqs, place]
+        parents = parents[reqs, place]
+        # rows moved: translate the parents to the new numbering
+        moved = np.zeros((num_reqs, width + 1), dtype=np.int64)
+        moved[reqs, place + 1] = np.arange(1, width + 1)
+        parents = np.where(parents >= 0, moved[reqs, parents], NO_ROW)
+        beyond = np.arange(width) >= num_nodes[:, None]
+        tokens = np.where(beyond, NO_ROW, pool.tokens[reqs, order])
+        ranks = np.where(beyond, 0, pool.ranks[reqs, order])
+        return cls.from_parents(tokens, parents, ranks, num_nodes)
+
+    @classmethod
+    def from_parents(
+        cls,
+        tokens: Ints,  # [num_reqs, max_nodes]
+        node_parents: Ints,  # [num_reqs, max_nodes] parent row of each node
+        node_ranks: Ints,  # [num_reqs, max_nodes]
+        num_nodes: Ints,  # [num_reqs]
+    ) -> DraftTrees:
+        """Add the root row and derive the depths; the node order is taken as it is."""
+        num_reqs = tokens.shape[0]
+        root = np.full((num_reqs, 1), NO_ROW)
+        parents = np.concatenate([root, node_parents], axis=1)
+        ranks = np.concatenate([root + 1, node_ranks], axis=1)
+        depths = np.zeros_like(parents)
+        above = parents
+        while (above >= 0).any():
+            depths += above >= 0
+            above = np.where(
+                above >= 0, np.take_along_axis(parents, np.maximum(above, 0), axis=1), NO_ROW
+            )
+        return cls(tokens, parents, depths, ranks, num_nodes)
+
+    def take(
+        self,
+        reqs: Ints,  # [num_reqs'] rows of this batch
+        num_nodes: Ints,  # [num_reqs'] nodes kept of each (a prefix)
+    ) -> DraftTrees:
+        """The trees of some requests, each cut to a prefix (what vLLM's scheduler does to a draft)."""
+        width = int(num_nodes.max(initial=0))
+        beyond = np.arange(width + 1) > num_nodes[:, None]
+        return DraftTrees(
+            tokens=np.where(beyond[:, 1:], NO_ROW, self.tokens[reqs, :width]),
+            parents=np.where(beyond, NO_ROW, self.parents[reqs, : width + 1]),
+            depths=np.where(beyond, 0, self.depths[reqs, : width + 1]),
+            ranks=np.where(beyond, 0, self.ranks[reqs, : width + 1]),
+            num_nodes=num_nodes,
+        )
+
+    @classmethod
+    def concatenate(cls, batches: list[DraftTrees]) -> DraftTrees:
+        """The requests of several batches one after the other, padded to the widest."""
+        width = max(batch.max_nodes for batch in batches)
+
+        def stack(name: str, fill: int, columns: int) -> Ints:
+            arrays = [getattr(batch, name) for batch in batches]
+            return np.concatenate(
+                [
+                    np.pad(a, ((0, 0), (0, columns - a.shape[1])), constant_values=fill)
+                    for a in arrays
+                ]
+            )
+
+        return cls(
+            tokens=stack("tokens", NO_ROW, width),
+            parents=stack("parents", NO_ROW, width + 1),
+            depths=stack("depths", 0, width + 1),
+            ranks=stack("ranks", 0, width + 1),
+            num_nodes=np.concatenate([batch.num_nodes for batch in batches]),
+        )
+
+    def path_to_root(self) -> Ints:
+        """[num_reqs, max_nodes + 1, max_depth + 1] each row itself, its parent, ... the root, then NO_ROW."""
+        width = self.max_nodes + 1
+        current = np.where(np.arange(width) <= self.num_nodes[:, None], np.arange(width), NO_ROW)
+        levels = [current]
+        for _ in range(self.max_depth):
+            above = np.take_along_axis(self.parents, np.maximum(current, 0), axis=1)
+            current = np.where(current >= 0, above, NO_ROW)
+            levels.append(current)
+        return np.stack(levels, axis=2)
+
+    def ancestor_bitmask(self) -> NDArray[np.uint64]:
+        """[num_reqs, max_nodes + 1] bit ``j`` of row ``r``: row ``r`` sees row ``j`` (itself and its ancestors)."""
+        path = self.path_to_root()
+        bits = np.where(
+            path >= 0, np.uint64(1) << np.maximum(path, 0).astype(np.uint64), np.uint64(0)
+        )
+        return np.bitwise_or.reduce(bits, axis=2)
+
+    def children_matching(
+        self,
+        reqs: Ints,  # [num_active]
+        rows: Ints,  # [num_active] current row of each
+        tokens: Ints,  # [num_active] token that the target emitted there
+    ) -> Ints:
+        """[num_active] the child row that carries the token, NO_ROW where there is none."""
+        if self.max_nodes == 0:
+            return np.full(reqs.shape, NO_ROW)
+        match = (self.parents[reqs, 1:] == rows[:, None]) & (self.tokens[reqs] == tokens[:, None])
+        child = match.argmax(axis=1)
+        return np.where(match[np.arange(reqs.size), child], child + 1, NO_ROW)
+
+    def check(self) -> None:
+        """Assert every invariant of the module's docstring (tests and debugging; not on the hot path)."""
+        for req in range(self.num_reqs):
+            n = int(self.num_nodes[req])
+            parents, depths = self.parents[req], self.depths[req]
+            assert 0 <= n <= self.max_nodes
+            assert parents[0] == NO_ROW and depths[0] == 0
+            assert (self.tokens[req, n:] == NO_ROW).all() and (parents[n + 1 :] == NO_ROW).all()
+            for row in range(1, n + 1):
+                assert 0 <= parents[row] < row
+                assert depths[row] == depths[parents[row]] + 1
+            children = list(zip(parents[1 : n + 1], self.tokens[req, :n], strict=True))
+            assert len(set(children)) == n
+
+
+def _meta_path_first(
+    parents: Ints,  # [num_reqs, width] parent row of each node, nodes by falling score, NO_ROW beyond num_nodes
+    num_nodes: Ints,  # [num_reqs]
+) -> Ints:
+    """[num_reqs, width] the old node index at each new place: meta-path, then the rest by falling score.
+
+    Parents stay in front: a node off the path hangs from the path or from a better-scored node.
+    """
+    num_reqs, width = parents.shape
+    key = np.broadcast_to(np.arange(width, 2 * width), parents.shape).copy()
+    reqs = np.arange(num_reqs)
+    current = np.zeros(num_reqs, dtype=np.int64)
+    alive = num_nodes > 0
+    for depth in range(width):
+        match = (parents == current[:, None]) & alive[:, None]
+        first = match.argmax(axis=1)
+        alive = match[reqs, first]
+        if not alive.any():
+            break
+        key[reqs[alive], first[alive]] = depth
+        current = first + 1
+    return np.argsort(key, axis=1, kind="stable")
