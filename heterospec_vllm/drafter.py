@@ -18,7 +18,7 @@ from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.spec_decode.eagle import EagleProposer
 
-from heterospec_vllm.attention.cpu import DraftLevelMetadata, TreeRows
+from heterospec_vllm.attention.cpu import DraftLevelMetadata
 from heterospec_vllm.policy import TreeShape
 from heterospec_vllm.tree import NO_ROW, CandidatePool, DraftTrees, Ints
 
@@ -40,7 +40,7 @@ class _Frontier:
     tokens: torch.Tensor  # [num_reqs, width]
     scores: torch.Tensor  # [num_reqs, width] cumulative log-probability
     hidden: torch.Tensor  # [num_reqs * width, hidden_size] the parents' head output
-    tail: torch.Tensor  # [num_reqs, width, level - 1] scratch slots of their ancestors
+    tail: torch.Tensor  # [num_reqs, width, level - 1] scratch rows of their ancestors
 
 
 class HeteroSpecProposer(EagleProposer):
@@ -213,37 +213,36 @@ class HeteroSpecProposer(EagleProposer):
     def _forward_level(
         self, level: int, max_depth: int, frontier: _Frontier, context: _HeadContext
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Run the head over a frontier: (output, normed output, scratch slots of each node and its ancestors)."""
+        """Run the head over a frontier: (output, normed output, scratch rows of each node and its ancestors)."""
         num_reqs, width = frontier.tokens.shape
         num_tokens = num_reqs * width
-        slots = torch.arange(num_tokens) + (level - 1) * num_tokens
-        tail = torch.cat([frontier.tail, slots.view(num_reqs, width, 1)], dim=2)
+        first_row = (level - 1) * num_tokens
+        own = torch.arange(first_row, first_row + num_tokens).view(num_reqs, width, 1)
+        tail = torch.cat([frontier.tail, own], dim=2)
         # The rotary table ends at the model's length; a draft beyond it is never scheduled.
         positions = (context.positions + level).clamp(max=self.max_model_len - 1)
         self.input_ids[:num_tokens] = frontier.tokens.flatten()
         self.positions[:num_tokens] = positions.repeat_interleave(width)
         self.hidden_states[:num_tokens] = frontier.hidden
         metadata = DraftLevelMetadata(
-            rows=TreeRows(
-                query_start_loc=torch.arange(0, num_tokens + 1, width, dtype=torch.int32),
-                context_lens=context.seq_lens,
-                block_table=context.block_table,
-                tail_index=tail.view(num_tokens, level).int(),
-            ),
-            scratch_slots=slots,
+            query_start_loc=torch.arange(0, num_tokens + 1, width, dtype=torch.int32),
+            context_lens=context.seq_lens,
+            block_table=context.block_table,
+            tail_index=tail.view(num_tokens, level).int(),
+            scratch_rows=slice(first_row, first_row + num_tokens),
             scratch=self._scratch_for(num_tokens * (max_depth - 1)),
         )
         layer_metadata = dict.fromkeys(self._draft_attn_layer_names, metadata)
         normed, hidden = self._run_head(num_tokens, layer_metadata, slots={})
         return hidden, normed, tail
 
-    def _scratch_for(self, num_slots: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Per head layer a key and a value scratch of at least ``num_slots`` rows; grows, never shrinks."""
+    def _scratch_for(self, num_rows: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Per head layer a key and a value scratch of at least ``num_rows`` rows; grows, never shrinks."""
         for name in self._draft_attn_layer_names:
             held = self._scratch.get(name)
-            if held is None or held[0].shape[0] < num_slots:
+            if held is None or held[0].shape[0] < num_rows:
                 layer = self.vllm_config.compilation_config.static_forward_context[name]
-                shape = (num_slots, layer.num_kv_heads, layer.head_size)
+                shape = (num_rows, layer.num_kv_heads, layer.head_size)
                 dtype = layer.kv_cache.dtype
                 self._scratch[name] = (
                     torch.zeros(shape, dtype=dtype),

@@ -14,7 +14,7 @@ from vllm.v1.sample.sampler import Sampler
 from heterospec_vllm.attention.cpu import TreeRows
 from heterospec_vllm.cache import KVMoves, plan_moves
 from heterospec_vllm.kernels.kv_compact_cpu import kv_compact_cpu
-from heterospec_vllm.tree import NO_ROW, DraftTrees, Ints
+from heterospec_vllm.tree import DraftTrees, Ints
 from heterospec_vllm.verify import Walk, walk
 
 NO_TOKEN = -1  # vLLM's PLACEHOLDER_TOKEN_ID
@@ -34,16 +34,14 @@ class TreeScorer:
     ) -> TreeRows:
         """Which keys every tree row sees: its request's context and, among the step's rows, its ancestors."""
         num_rows = trees.num_nodes + 1
-        start = np.zeros(trees.num_reqs + 1, dtype=np.int64)
+        start = np.zeros(trees.num_reqs + 1, dtype=np.int32)
         np.cumsum(num_rows, out=start[1:])
-        path = trees.path_to_root()
-        tail = np.where(path >= 0, path + start[:-1, None, None], NO_ROW)
         real = np.arange(trees.max_nodes + 1) < num_rows[:, None]
         return TreeRows(
-            query_start_loc=torch.from_numpy(start).int(),
-            context_lens=torch.from_numpy(context_lens).int(),
+            query_start_loc=torch.from_numpy(start),
+            seq_lens=torch.from_numpy((context_lens + num_rows).astype(np.int32)),
             block_table=block_table,
-            tail_index=torch.from_numpy(tail[real]).int(),
+            ancestor_mask=torch.from_numpy(trees.ancestor_bitmask()[real].view(np.int64)),
         )
 
     def walk(

@@ -14,7 +14,7 @@ SUPPORTED_HEAD_SIZES = tuple(range(32, 257, 32))  # vLLM stores other sizes as `
 BLOCK_SIZE_MULTIPLE = 16
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_PACK = struct.Struct("=2q8Q14qd").pack  # csrc/attend.hpp: Arguments
+_PACK = struct.Struct("=2q8Q14qd3Q4q").pack  # csrc/attend.hpp: Arguments
 
 
 def _load(portable: bool) -> Callable[[bytes], int]:
@@ -113,6 +113,39 @@ def tree_attention_cpu(
     Raises:
         LibraryUnavailable: the kernel cannot be built (see `unavailable_reason`).
     """
+    launch(
+        query,
+        key_cache,
+        value_cache,
+        output,
+        query_start_loc,
+        seq_lens,
+        block_table,
+        ancestor_mask.data_ptr(),
+        scale,
+        num_threads or 0,
+        NO_TAIL,
+    )
+
+
+# The tail fields of csrc/attend.hpp: Arguments, none of it given.
+NO_TAIL = (0,) * 7
+
+
+def launch(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    output: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    ancestor_mask: int,
+    scale: float,
+    num_threads: int,
+    tail: tuple[int, ...],
+) -> None:
+    """Packs addresses and strides and calls the C entry; for the launchers of this package."""
     if _Kernel.entry is None:
         ensure_built()
     num_tokens, num_heads, head_size = query.shape
@@ -124,7 +157,7 @@ def tree_attention_cpu(
     failed = _Kernel.entry(  # type: ignore[misc]
         _PACK(
             _DTYPE_CODES[query.dtype],
-            num_threads or 0,
+            num_threads,
             query.data_ptr(),
             key_cache.data_ptr(),
             value_cache.data_ptr(),
@@ -132,7 +165,7 @@ def tree_attention_cpu(
             query_start_loc.data_ptr(),
             seq_lens.data_ptr(),
             block_table.data_ptr(),
-            ancestor_mask.data_ptr(),
+            ancestor_mask,
             seq_lens.shape[0],
             num_heads,
             num_kv_heads,
@@ -148,6 +181,7 @@ def tree_attention_cpu(
             output_head_stride,
             block_table.stride(0),
             scale,
+            *tail,
         )
     )
     assert not failed

@@ -19,32 +19,27 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from heterospec_vllm.kernels._tail_shim import tree_attention_cpu
+from heterospec_vllm.kernels.draft_attention_cpu import draft_attention_cpu
+from heterospec_vllm.kernels.tree_attention_cpu import tree_attention_cpu
 
 
 @dataclass
 class TreeRows:
-    """The rows that attend to a paged context plus an explicit list of tail rows.
-
-    Filled by the runner (target step: the tail is the step's own keys and values) or by the proposer (a draft
-    level: the tail is the head's scratch).
-    """
+    """The target's rows of requests that carry trees, which come first in the batch."""
 
     query_start_loc: torch.Tensor  # [num_tree_reqs + 1] int32
-    context_lens: (
-        torch.Tensor
-    )  # [num_tree_reqs] int32, paged keys that every row of the request sees
+    seq_lens: torch.Tensor  # [num_tree_reqs] int32, context + rows of this step
     block_table: torch.Tensor  # [num_tree_reqs, max_blocks] int32
-    tail_index: torch.Tensor  # [num_tree_tokens, max_tail] int32, rows of the tail, -1 padded
+    ancestor_mask: torch.Tensor  # [num_tree_tokens] int64, bit j: sees row j of its own request
 
     @property
     def num_tokens(self) -> int:
-        return self.tail_index.shape[0]
+        return self.ancestor_mask.shape[0]
 
 
 @dataclass
 class TreeAttentionMetadata:
-    """Attention metadata of a step in which some requests carry trees; they come first in the batch."""
+    """Attention metadata of a step in which some requests carry trees."""
 
     trees: TreeRows
     rest: CPUAttentionMetadata | None  # the other requests, None where there are none
@@ -52,11 +47,16 @@ class TreeAttentionMetadata:
 
 @dataclass
 class DraftLevelMetadata:
-    """Attention metadata of one draft level: tree nodes attend to the head's pages and to its scratch."""
+    """Attention metadata of one draft level: tree nodes see the head's pages and their ancestors in a scratch."""
 
-    rows: TreeRows
-    scratch_slots: torch.Tensor  # [num_tokens] int64, where this level's keys and values go
-    # layer name -> (keys, values), each [num_scratch_slots, num_kv_heads, head_size]
+    query_start_loc: torch.Tensor  # [num_reqs + 1] int32
+    context_lens: torch.Tensor  # [num_reqs] int32, true tokens in the head's pages
+    block_table: torch.Tensor  # [num_reqs, max_blocks] int32
+    tail_index: (
+        torch.Tensor
+    )  # [num_tokens, level] int32, scratch rows of the ancestors and the node itself
+    scratch_rows: slice  # where this level's keys and values go
+    # layer name -> (keys, values), each [num_scratch_rows, num_kv_heads, head_size]
     scratch: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(repr=False)
 
 
@@ -90,7 +90,7 @@ class HeteroSpecCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         trees = self.step_trees
         if trees is None:
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
-        rest = _requests_from(common_attn_metadata, trees.context_lens.shape[0], trees.num_tokens)
+        rest = _requests_from(common_attn_metadata, trees.seq_lens.shape[0], trees.num_tokens)
         if rest is None:
             return TreeAttentionMetadata(trees, None)
         return TreeAttentionMetadata(trees, super().build(common_prefix_len, rest, fast_build))
@@ -139,9 +139,23 @@ class HeteroSpecCPUAttentionImpl(CPUAttentionBackendImpl):
             output_block_scale,
         )
 
-    def _forward_trees(self, layer, query, key, value, kv_cache, metadata, output) -> torch.Tensor:
-        num_tokens = metadata.trees.num_tokens
-        self._attend(query[:num_tokens], kv_cache, key, value, metadata.trees, output[:num_tokens])
+    def _forward_trees(
+        self, layer, query, key, value, kv_cache, metadata: TreeAttentionMetadata, output
+    ) -> torch.Tensor:
+        rows = metadata.trees
+        num_tokens = rows.num_tokens
+        key_pages, value_pages = self._key_value_pages(kv_cache)
+        tree_attention_cpu(
+            query[:num_tokens],
+            key_pages,
+            value_pages,
+            output[:num_tokens],
+            rows.query_start_loc,
+            rows.seq_lens,
+            rows.block_table,
+            rows.ancestor_mask,
+            self.scale,
+        )
         if metadata.rest is not None:
             super().forward(
                 layer,
@@ -155,37 +169,26 @@ class HeteroSpecCPUAttentionImpl(CPUAttentionBackendImpl):
         return output
 
     def _forward_draft_level(
-        self, layer, query, key, value, kv_cache, metadata, output
+        self, layer, query, key, value, kv_cache, metadata: DraftLevelMetadata, output
     ) -> torch.Tensor:
-        num_tokens = metadata.rows.num_tokens
         scratch_key, scratch_value = metadata.scratch[layer.layer_name]
-        scratch_key[metadata.scratch_slots] = key[:num_tokens]
-        scratch_value[metadata.scratch_slots] = value[:num_tokens]
-        self._attend(
-            query[:num_tokens],
-            kv_cache,
-            scratch_key,
-            scratch_value,
-            metadata.rows,
-            output[:num_tokens],
-        )
-        return output
-
-    def _attend(self, query, kv_cache, tail_key, tail_value, rows: TreeRows, output) -> None:
+        scratch_key[metadata.scratch_rows] = key
+        scratch_value[metadata.scratch_rows] = value
         key_pages, value_pages = self._key_value_pages(kv_cache)
-        tree_attention_cpu(
+        draft_attention_cpu(
             query,
             key_pages,
             value_pages,
             output,
-            rows.query_start_loc,
-            rows.context_lens,
-            rows.block_table,
-            tail_key,
-            tail_value,
-            rows.tail_index,
+            metadata.query_start_loc,
+            metadata.context_lens,
+            metadata.block_table,
+            scratch_key,
+            scratch_value,
+            metadata.tail_index,
             self.scale,
         )
+        return output
 
 
 def _requests_from(

@@ -11,7 +11,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.worker import cpu_worker
 
 from heterospec_vllm.attention.cpu import HeteroSpecCPUAttentionBackend
-from heterospec_vllm.kernels import _tail_shim as tree_attention_cpu
+from heterospec_vllm.kernels import tree_attention_cpu
 from heterospec_vllm.runners.v1 import HeteroSpecCPUModelRunner
 
 

@@ -29,6 +29,11 @@ struct Arguments {
   int64_t key_block_stride, key_head_stride, value_block_stride, value_head_stride;
   int64_t output_token_stride, output_head_stride, block_table_stride;
   double scale;
+  // The tail: rows outside the pages (a draft head's scratch). Where it is given, seq_lens count
+  // paged keys only, all of them seen by every row, and ancestor_mask is not read.
+  const void *tail_key, *tail_value;
+  const int32_t* tail_index;  // [num_tokens, max_tail], -1 padded
+  int64_t max_tail, tail_key_stride, tail_value_stride, tail_head_stride;
 };
 
 // Grows, never shrinks; contents are not kept when it grows.
@@ -118,6 +123,7 @@ class Attend {
   }
 
   void write_output() {
+    if (args_.tail_index != nullptr) add_tail();
     const Partial mine = state();
     for (int r = 0; r < rows_; ++r) {
       T* out = static_cast<T*>(args_.output) +
@@ -134,6 +140,35 @@ class Attend {
 
   static void store_out(T* to, vf16 v) { store(to, v); }
 
+  // Each row's few keys outside the pages, one at a time: a row has at most its depth of them.
+  void add_tail() {
+    const Partial mine = state();
+    for (int r = 0; r < rows_; ++r) {
+      const int32_t* index = args_.tail_index + (first_row_ + r / group_) * args_.max_tail;
+      for (int64_t i = 0; i < args_.max_tail && index[i] >= 0; ++i) {
+        const int64_t head = kv_head_ * args_.tail_head_stride;
+        const T* key = static_cast<const T*>(args_.tail_key) +
+                       index[i] * args_.tail_key_stride + head;
+        const T* value = static_cast<const T*>(args_.tail_value) +
+                         index[i] * args_.tail_value_stride + head;
+        add_key(mine, r, key, value);
+      }
+    }
+  }
+
+  void add_key(const Partial& mine, int r, const T* key, const T* value) {
+    vf16 products = splat(0.0f);
+    for (int d = 0; d < dim_; d += kLanes) products += load(query_ + r * dim_ + d) * load(key + d);
+    const float score = reduce_add(products) * exponent_scale_;
+    const float largest = std::max(mine.largest[r], score);
+    const float keep = std::exp2(mine.largest[r] - largest), weight = std::exp2(score - largest);
+    mine.largest[r] = largest;
+    mine.sum[r] = mine.sum[r] * keep + weight;
+    float* values = mine.values + r * dim_;
+    for (int d = 0; d < dim_; d += kLanes)
+      store(values + d, load(values + d) * keep + load(value + d) * weight);
+  }
+
   Partial state() { return Partial(state_, rows_); }
 
   void start(int64_t req, int64_t kv_head) {
@@ -142,7 +177,7 @@ class Attend {
     first_row_ = args_.query_start_loc[req];
     const int query_len = int(args_.query_start_loc[req + 1] - first_row_);
     rows_ = query_len * group_;
-    context_ = args_.seq_lens[req] - query_len;
+    context_ = args_.seq_lens[req] - (args_.tail_index != nullptr ? 0 : query_len);
     state_ = state_memory_.at_least(Partial::floats(rows_, dim_));
     lane_sums_ = lane_sum_memory_.at_least(size_t(rows_) * kLanes);
     std::fill_n(state_, rows_, kNone);
@@ -166,7 +201,7 @@ class Attend {
     c.first = chunk * kChunk;
     const int64_t end = std::min<int64_t>(c.first + kChunk, args_.seq_lens[req_]);
     c.size = int(end - c.first);
-    c.masked = end > context_;
+    c.masked = end > context_ || c.size < kChunk;
     c.dense = int(std::clamp<int64_t>(context_ - c.first, 0, c.size)) & ~1;
     c.num_pieces = 0;
     const int32_t* blocks = args_.block_table + req_ * args_.block_table_stride;
@@ -216,7 +251,8 @@ class Attend {
 
   // Bit i: the row sees key i of the chunk.
   Bits visible(const Chunk& c, int row) const {
-    const Bits tree = args_.ancestor_mask[first_row_ + row / group_];
+    const Bits tree =
+        args_.tail_index != nullptr ? Bits{0} : args_.ancestor_mask[first_row_ + row / group_];
     const int64_t shift = context_ - c.first;
     const Bits context = low_bits(int(std::clamp<int64_t>(shift, 0, c.size)));
     const Bits rows = shift >= 0 ? tree << shift : (shift > -64 ? tree >> -shift : Bits{0});

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "attend.hpp"
+#include "kv_compact.hpp"
 
 namespace heterospec {
 
@@ -170,6 +171,11 @@ HETEROSPEC_EXPORT int heterospec_tree_attention(const heterospec::Arguments* arg
     case 2: heterospec::run<heterospec::f16>(*args); return 0;
     default: return 1;
   }
+}
+
+// Returns 0, or 1 for an element size it does not know.
+HETEROSPEC_EXPORT int heterospec_kv_compact(const heterospec::CompactArguments* args) {
+  return heterospec::compact(*args);
 }
 
 // What the library was built for, for messages.

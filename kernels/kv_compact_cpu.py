@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Moves accepted tokens' keys and values between slots of vLLM's `vec` pages (C++, csrc/)."""
+
+import ctypes
+import functools
+import struct
+from collections.abc import Sequence
+
+import torch
+
+from .cpu_library import load_library
+
+_PACK = struct.Struct("=8q3Q").pack  # csrc/kv_compact.hpp: CompactArguments
+
+
+@functools.cache
+def _entry() -> "ctypes._NamedFuncPointer":
+    entry = load_library().heterospec_kv_compact
+    entry.argtypes = [ctypes.c_char_p]
+    entry.restype = ctypes.c_int
+    return entry
+
+
+def kv_compact_cpu(
+    # layers, each [num_blocks, num_kv_heads, block_size, 2 * head_size], contiguous, alike
+    kv_caches: Sequence[torch.Tensor],
+    # [num_moves], int64 slots
+    sources: torch.Tensor,
+    # [num_moves], int64 slots; a target must not be a later source
+    targets: torch.Tensor,
+) -> None:
+    """Copies slot `sources[i]` to slot `targets[i]` in every layer, one move after the other.
+
+    A (block, head) holds its keys as [head_size, block_size] and behind them its values as
+    [block_size, head_size], whatever the tensor's shape says (vLLM's isa "vec").
+
+    Raises:
+        LibraryUnavailable: the kernel cannot be built.
+    """
+    first = kv_caches[0]
+    num_blocks, num_kv_heads, block_size, both = first.shape
+    assert all(c.shape == first.shape and c.is_contiguous() for c in kv_caches)
+    assert sources.dtype == targets.dtype == torch.int64
+    assert sources.is_contiguous() and targets.is_contiguous() and sources.shape == targets.shape
+    layers = torch.tensor([cache.data_ptr() for cache in kv_caches], dtype=torch.int64)
+    failed = _entry()(
+        _PACK(
+            first.element_size(),
+            len(kv_caches),
+            sources.shape[0],
+            num_kv_heads,
+            both // 2,
+            block_size,
+            first.stride(0),
+            first.stride(1),
+            layers.data_ptr(),
+            sources.data_ptr(),
+            targets.data_ptr(),
+        )
+    )
+    assert not failed, f"element size {first.element_size()}, allowed: 2 or 4"
