@@ -72,6 +72,9 @@ def server_environment() -> dict[str, str]:
 class VllmServer:
     """Context manager around one `vllm serve` process group, see `start` and `stop`."""
 
+    # The module, not the `vllm` script: it is this interpreter's, whatever PATH says.
+    launcher: tuple[str, ...] = (sys.executable, "-m", "vllm.entrypoints.cli.main")
+
     def __init__(
         self,
         label: str,
@@ -112,11 +115,9 @@ class VllmServer:
 
         Raises ServerFailed if the process ends or `timeout` seconds pass.
         """
-        # The module, not the `vllm` script: it is this interpreter's, whatever PATH says.
-        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", *self.arguments]
         with self.log_file.open("wb") as log:
             self._process = subprocess.Popen(
-                command,
+                [*self.launcher, *self.arguments],
                 env=server_environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
