@@ -66,12 +66,14 @@ def load(model: str) -> HeadConfig:
 def parse(config: Mapping[str, Any]) -> HeadConfig:
     """A head from its `config.json`, in vLLM's own or in the speculators library's format.
 
+    vLLM knows the latter by its key `speculators_config`.
+
     Raises ValueError where it is no EAGLE-3 head, or a key is missing or of the wrong type.
     """
     kind = config.get("speculators_model_type")
     if kind not in (None, "eagle3"):
         raise ValueError(f"{_FIELD}: found a speculators head of type {kind!r}, allowed: 'eagle3'")
-    if kind == "eagle3":
+    if kind == "eagle3" and isinstance(config.get("speculators_config"), Mapping):
         decoder = config.get("transformer_layer_config")
         outside = {key: config[key] for key in _SPECULATORS_KEYS if key in config}
         config = {**(decoder if isinstance(decoder, Mapping) else {}), **outside}

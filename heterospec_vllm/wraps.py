@@ -190,10 +190,16 @@ def _eagle3_config(ours: config.HeteroSpecConfig) -> dict[str, Any]:
 
 
 def _wrap_validate_spec_decode(original: Callable[..., Any]) -> Callable[..., Any]:
+    from vllm.exceptions import VLLMValidationError
+
     def _validate_spec_decode(self: Any, speculative_config: Any) -> None:
         if not getattr(speculative_config, _MARKER, False):
             return original(self, speculative_config)
-        config.RequestOptions.from_extra_args(self.extra_args)
+        try:
+            config.RequestOptions.from_extra_args(self.extra_args)
+        except ValueError as error:
+            # What vLLM's servers answer with HTTP 400.
+            raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
         return None
 
     return _validate_spec_decode

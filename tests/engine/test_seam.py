@@ -15,6 +15,7 @@ from tiny_folders import write_head, write_target
 from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.exceptions import VLLMValidationError
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from heterospec_vllm.config import METHOD, HeteroSpecConfig, from_vllm_config
@@ -149,8 +150,10 @@ def test_spec_flags_are_merged(folder: Path) -> None:
     "changes",
     [
         {
-            "architectures": None,
+            "architectures": ["Eagle3Speculator"],
+            "model_type": None,
             "speculators_model_type": "eagle3",
+            "speculators_config": {"algorithm": "eagle3"},
             "transformer_layer_config": {
                 "model_type": "llama",
                 "hidden_size": 128,
@@ -195,7 +198,7 @@ def test_request_options_are_checked(
     vllm_config: VllmConfig, extra_args: dict[str, Any], parts: list[str]
 ) -> None:
     params = SamplingParams(extra_args=extra_args)
-    with pytest.raises(ValueError) as refused:
+    with pytest.raises(VLLMValidationError) as refused:
         params._validate_spec_decode(vllm_config.speculative_config)
     assert all(part in str(refused.value) for part in parts), str(refused.value)
 
@@ -210,6 +213,7 @@ _OTHERS = """
 import json, sys
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.exceptions import VLLMValidationError
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 target, head = sys.argv[1:]
@@ -243,7 +247,7 @@ for name, config in {
         try:
             params._validate_spec_decode(speculative)
             refused.append(None)
-        except ValueError as error:
+        except VLLMValidationError as error:
             refused.append(str(error))
     engines[name] = [
         engine.compute_hash(), engine.parallel_config.worker_cls, engine.additional_config,
