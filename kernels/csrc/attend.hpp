@@ -263,6 +263,7 @@ class Attend {
   template <bool kMasked>
   float softmax(float* scores, L* weights, int size, int row, Bits seen) {
     const int vectors = kMasked ? (size + 2 * kLanes - 1) / (2 * kLanes) * 2 : kChunk / kLanes;
+    if (kMasked && seen == 0) return 1.0f;  // no weight of this row will be read
     vf16 best = splat(kNone);
     for (int v = 0; v < vectors; ++v) {
       vf16 s = load(scores + v * kLanes) * exponent_scale_;
@@ -273,9 +274,6 @@ class Attend {
     float& largest = state().largest[row];
     const float before = largest;
     largest = std::max(before, reduce_max(best));
-    if (largest == kNone) {  // the row has seen no key yet
-      return 1.0f;
-    }
     const float keep = before == largest ? 1.0f : std::exp2(before - largest);
     vf16 sum = load(lane_sums_ + row * kLanes) * keep;
     for (int v = 0; v < vectors; ++v) {
@@ -315,16 +313,32 @@ class Attend {
   void add_sparse(const Chunk& c, Bits keys, const L* weights, float* values) {
     for (int p = 0; p < c.num_pieces; ++p) {
       const Piece& piece = c.pieces[p];
-      Bits here = (keys >> piece.offset) & low_bits(piece.size);
-      for (; here != 0; here &= here - 1) {
-        const uint64_t low = uint64_t(here);
-        const int key = low ? __builtin_ctzll(low) : 64 + __builtin_ctzll(uint64_t(here >> 64));
-        const float weight = to_float(weights[piece.offset + key]);
-        const T* from = piece.values + int64_t(key) * dim_;
-        for (int d = 0; d < dim_; d += kLanes)
-          store(values + d, load(values + d) + load(from + d) * weight);
+      const Bits here = (keys >> piece.offset) & low_bits(piece.size);
+      if (here == 0) continue;
+      const L* w = weights + piece.offset;
+      int d = 0;
+      for (; d + 8 * kLanes <= dim_; d += 8 * kLanes)
+        add_columns<8>(here, w, piece.values + d, values + d);
+      for (; d + 4 * kLanes <= dim_; d += 4 * kLanes)
+        add_columns<4>(here, w, piece.values + d, values + d);
+      for (; d < dim_; d += kLanes) add_columns<1>(here, w, piece.values + d, values + d);
+    }
+  }
+
+  template <int kVectors>
+  void add_columns(Bits keys, const L* weights, const T* from, float* values) {
+    vf16 acc[kVectors];
+    for (int v = 0; v < kVectors; ++v) acc[v] = load(values + v * kLanes);
+    for (int word = 0; word < 2; ++word) {
+      uint64_t bits = uint64_t(keys >> (64 * word));
+      for (; bits != 0; bits &= bits - 1) {
+        const int key = 64 * word + __builtin_ctzll(bits);
+        const float weight = to_float(weights[key]);
+        for (int v = 0; v < kVectors; ++v)
+          acc[v] += load(from + int64_t(key) * dim_ + v * kLanes) * weight;
       }
     }
+    for (int v = 0; v < kVectors; ++v) store(values + v * kLanes, acc[v]);
   }
 
   const Arguments& args_;

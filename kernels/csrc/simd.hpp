@@ -118,6 +118,7 @@ HETEROSPEC_INLINE void store(f16* to, vf16 v) {
 #endif
 }
 
+// `b` where either is NaN.
 HETEROSPEC_INLINE vf16 max(vf16 a, vf16 b) {
 #if defined(HETEROSPEC_AVX512)
   return (vf16)_mm512_max_ps((__m512)a, (__m512)b);
@@ -146,10 +147,10 @@ HETEROSPEC_INLINE float reduce_add(vf16 v) {
 #endif
 }
 
-// 2^x for x <= 0; below -126 the result is 2^-126. Relative error about 1e-7.
+// 2^x for x <= 0; below -126 the result is 2^-126; NaN stays NaN. Relative error about 1e-7.
 HETEROSPEC_INLINE vf16 exp2_nonpositive(vf16 x) {
   const vf16 magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  x = max(x, splat(-126.0f));
+  x = max(splat(-126.0f), x);
   const vf16 rounded = x + magic;
   const vf16 f = x - (rounded - magic);
   vf16 p = splat(1.5403530e-4f);  // Taylor coefficients ln(2)^n / n!, |f| <= 1/2

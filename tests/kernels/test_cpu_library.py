@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Building the CPU library on first use: the cache, races, and machines without a compiler."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from heterospec_vllm.kernels import cpu_library
+from heterospec_vllm.kernels import tree_attention_cpu as kernel
+
+BUILD_IN_NEW_PROCESS = [
+    sys.executable,
+    "-c",
+    "from heterospec_vllm.kernels import tree_attention_cpu as k;"
+    " k.ensure_built(portable=True); print(k.is_available())",
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Nothing loaded, nothing cached; what other tests loaded is back afterwards."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(kernel._Kernel, "entry", None)
+    monkeypatch.setattr(kernel._Kernel, "reason", None)
+    cpu_library.load_library.cache_clear()
+    yield
+    cpu_library.load_library.cache_clear()
+
+
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not kernel.is_available()
+    assert "no C++ compiler: looked for g++ and c++" in (kernel.unavailable_reason() or "")
+    with pytest.raises(cpu_library.LibraryUnavailable, match="install g\\+\\+"):
+        kernel.ensure_built()
+
+
+def test_compiler_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler = tmp_path / "cxx"
+    compiler.write_text("#!/bin/sh\necho 'internal error 42' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    reason = kernel.unavailable_reason() or ""
+    assert "failed" in reason and "internal error 42" in reason
+    assert not list(cpu_library.cache_dir().glob("*.so"))
+    assert not list(cpu_library.cache_dir().glob("build-*"))
+
+
+def test_unwritable_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
+    assert "cannot write the cache folder" in (kernel.unavailable_reason() or "")
+
+
+def test_damaged_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    def write_rubbish(command: list[str], path: Path) -> None:
+        path.write_bytes(b"not a library")
+
+    monkeypatch.setattr(cpu_library, "_compile", write_rubbish)
+    assert "does not load" in (kernel.unavailable_reason() or "")
+
+
+def test_key_follows_sources_flags_and_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["true", "-O3"]
+    keys = {cpu_library._key(command), cpu_library._key(["true", "-O2"])}
+    monkeypatch.setattr(cpu_library, "_cpu_flags", lambda: "flags: none")
+    keys.add(cpu_library._key(command))
+    monkeypatch.setattr(cpu_library.torch, "__version__", "0.0")
+    keys.add(cpu_library._key(command))
+    assert len(keys) == 4
+
+
+@pytest.mark.full
+def test_processes_that_start_together_build_once() -> None:
+    runs = [
+        subprocess.Popen(
+            BUILD_IN_NEW_PROCESS,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ.copy(),
+        )
+        for _ in range(3)
+    ]
+    outputs = [run.communicate(timeout=300) for run in runs]
+    assert [out.strip() for out, _ in outputs] == ["True"] * 3
+    assert sum("compiling" in err for _, err in outputs) == 1
+    assert len(list(cpu_library.cache_dir().glob("*.so"))) == 1
