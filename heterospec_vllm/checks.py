@@ -60,6 +60,8 @@ def unsupported_reason(facts: EngineFacts) -> str | None:
 
 
 def _engine_reasons(facts: EngineFacts) -> Iterator[str]:
+    if not facts.on_cpu:
+        yield "device: found a platform other than CPU, allowed: vLLM's CPU backend in this version"
     if facts.worker_cls != "auto":
         yield f"worker_cls: found '{facts.worker_cls}', allowed: none, the plugin brings its own"
     for name, size in facts.parallel_sizes.items():

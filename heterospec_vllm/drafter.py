@@ -20,6 +20,7 @@ from vllm.v1.spec_decode.eagle import EagleProposer
 
 from heterospec_vllm.attention.cpu import DraftLevelMetadata
 from heterospec_vllm.policy import TreeShape
+from heterospec_vllm.timing import CLOCK
 from heterospec_vllm.tree import NO_ROW, CandidatePool, DraftTrees, Ints
 
 
@@ -141,8 +142,11 @@ class HeteroSpecProposer(EagleProposer):
         self, num_tokens: int, layer_metadata: dict[str, object], slots: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One head pass over the input buffers: (normed output for the logits, output fed to the next level)."""
-        with set_forward_context(
-            layer_metadata, self.vllm_config, num_tokens=num_tokens, slot_mapping=slots
+        with (
+            CLOCK.span("head forward"),
+            set_forward_context(
+                layer_metadata, self.vllm_config, num_tokens=num_tokens, slot_mapping=slots
+            ),
         ):
             return self.model(
                 input_ids=self.input_ids[:num_tokens],
@@ -205,8 +209,10 @@ class HeteroSpecProposer(EagleProposer):
         top_k: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The ``top_k`` likeliest next tokens of each row and their log-probabilities, in draft-vocabulary space."""
-        logits = self.model.logits_processor(self.model.lm_head, normed)
-        log_probs, draft_ids = logits.float().log_softmax(dim=-1).topk(top_k, dim=-1)
+        with CLOCK.span("head logits"):
+            logits = self.model.logits_processor(self.model.lm_head, normed)
+        with CLOCK.span("head top-k"):
+            log_probs, draft_ids = logits.float().log_softmax(dim=-1).topk(top_k, dim=-1)
         offsets = self.model.draft_id_to_target_id
         return (draft_ids if offsets is None else draft_ids + offsets[draft_ids]), log_probs
 

@@ -9,7 +9,7 @@ from vllm.v1.worker.gpu_input_batch import CachedRequestState
 from heterospec_vllm.config import MAX_NODES, RequestOptions
 
 
-def fallback_reason(request: CachedRequestState, custom_logits_processors: bool) -> str | None:
+def fallback_reason(request: CachedRequestState) -> str | None:
     """Why a request is never drafted for, None where it is.
 
     A tree's rows have different pasts, so whatever depends on the tokens emitted so far (grammar, penalties, bad
@@ -22,7 +22,7 @@ def fallback_reason(request: CachedRequestState, custom_logits_processors: bool)
         return "prompt_embeds"
     if request.mm_features:
         return "multimodal"
-    return "custom_logits_processor" if custom_logits_processors else _sampling_reason(params)
+    return _sampling_reason(params)
 
 
 def _sampling_reason(params: SamplingParams) -> str | None:

@@ -57,5 +57,5 @@ class StepCounters:
         return {
             **asdict(self),
             "accepted_per_depth": dict(self.accepted_per_depth),
-            "fallbacks": dict(self.fallbacks),
+            "fallbacks": {reason: n for reason, n in self.fallbacks.items() if n},
         }

@@ -17,8 +17,7 @@ from heterospec_vllm import checks, compat, config, head
 # A child of vLLM's logger, so that its handlers and levels apply.
 logger = logging.getLogger("vllm.heterospec")
 
-CPU_WORKER = "heterospec_vllm.runners.worker.HeteroSpecCPUWorker"
-GPU_WORKER = "heterospec_vllm.runners.worker.HeteroSpecGPUWorker"
+WORKER = "heterospec_vllm.runners.worker.HeteroSpecCPUWorker"
 
 # Set on a SpeculativeConfig that this plugin made.
 _MARKER = "_heterospec"
@@ -126,7 +125,7 @@ def _wrap_create_speculative_config(original: Callable[..., Any]) -> Callable[..
         )
         if source is None:
             return original(self, target_model_config, target_parallel_config)
-        ours, worker_cls = _checked_config(source, self, target_model_config)
+        ours = _checked_config(source, self, target_model_config)
         given = self.speculative_config, self.spec_method, self.spec_model, self.spec_tokens
         self.speculative_config = _eagle3_config(ours)
         self.spec_method = self.spec_model = self.spec_tokens = None
@@ -141,7 +140,7 @@ def _wrap_create_speculative_config(original: Callable[..., Any]) -> Callable[..
             config.METHOD: config.ConfigCarrier(ours),
         }
         # ParallelConfig exists already, so engine_args.worker_cls would come too late.
-        target_parallel_config.worker_cls = worker_cls
+        target_parallel_config.worker_cls = WORKER
         logger.info("heterospec: %s", ours)
         return speculative_config
 
@@ -150,8 +149,8 @@ def _wrap_create_speculative_config(original: Callable[..., Any]) -> Callable[..
 
 def _checked_config(
     source: config.ConfigSource, engine_args: Any, model_config: Any
-) -> tuple[config.HeteroSpecConfig, str]:
-    """Our config and the worker class to run it. Raises ValueError for anything unsupported."""
+) -> config.HeteroSpecConfig:
+    """Our config. Raises ValueError for anything unsupported."""
     reason = compat.version_reason(compat.vllm_version())
     if reason:
         raise ValueError(f"heterospec: {reason}")
@@ -168,7 +167,7 @@ def _checked_config(
     for reason in reasons:
         if reason:
             raise ValueError(f"heterospec: {reason}")
-    return ours, CPU_WORKER if facts.on_cpu else GPU_WORKER
+    return ours
 
 
 def _eagle3_config(ours: config.HeteroSpecConfig) -> dict[str, Any]:

@@ -62,3 +62,72 @@ def tree_attention(
             scores = torch.einsum("hd,hkd->hk", query[row].double(), row_keys) * scale
             weights = scores.softmax(dim=-1)
             output[row] = torch.einsum("hk,hkd->hd", weights, row_values).to(output.dtype)
+
+
+def draft_attention(
+    # [num_tokens, num_heads, head_size]
+    query: torch.Tensor,
+    # [num_blocks, num_kv_heads, block_size, head_size], `vec` layout
+    key_cache: torch.Tensor,
+    # [num_blocks, num_kv_heads, block_size, head_size]
+    value_cache: torch.Tensor,
+    # [num_tokens, num_heads, head_size], written
+    output: torch.Tensor,
+    # [num_reqs + 1], int32
+    query_start_loc: torch.Tensor,
+    # [num_reqs], int32
+    context_lens: torch.Tensor,
+    # [num_reqs, max_blocks], int32
+    block_table: torch.Tensor,
+    # [num_scratch_rows, num_kv_heads, head_size]
+    scratch_key: torch.Tensor,
+    # [num_scratch_rows, num_kv_heads, head_size]
+    scratch_value: torch.Tensor,
+    # [num_tokens, max_tail], int32, -1 padded
+    tail_index: torch.Tensor,
+    scale: float,
+) -> None:
+    """What `draft_attention_cpu` computes (same arguments), one request at a time.
+
+    Also what runs where the library cannot be built.
+    """
+    num_kv_heads = key_cache.shape[1]
+    starts = query_start_loc.tolist()
+    for req, context in enumerate(context_lens.tolist()):
+        rows = slice(starts[req], starts[req + 1])
+        keys, values = paged_keys_values(key_cache, value_cache, block_table[req], context)
+        tail, num_rows = tail_index[rows], starts[req + 1] - starts[req]
+        hidden = (tail < 0)[:, None, None, :]
+        at = tail.clamp(min=0).long()
+        # [num_rows, num_kv_heads, group, head_size]
+        q = query[rows].double().unflatten(1, (num_kv_heads, -1))
+        paged = torch.einsum("rngd,nkd->rngk", q, keys)
+        beside = torch.einsum("rngd,rknd->rngk", q, scratch_key[at].double())
+        beside = beside.masked_fill(hidden, -torch.inf)
+        weights = (torch.cat([paged, beside], dim=-1) * scale).softmax(dim=-1)
+        scratch = scratch_value[at].double().masked_fill((tail < 0)[:, :, None, None], 0)
+        out = torch.einsum("rngk,nkd->rngd", weights[..., :context], values)
+        out += torch.einsum("rngk,rknd->rngd", weights[..., context:], scratch)
+        output[rows] = out.reshape(num_rows, -1, query.shape[2]).to(output.dtype)
+
+
+def kv_compact(
+    # layers, each [num_blocks, num_kv_heads, block_size, 2 * head_size], `vec` layout
+    kv_caches: list[torch.Tensor],
+    # [num_moves], int64
+    sources: torch.Tensor,
+    # [num_moves], int64
+    targets: torch.Tensor,
+) -> None:
+    """What `kv_compact_cpu` does (same arguments), one move at a time."""
+    for cache in kv_caches:
+        num_blocks, num_kv_heads, block_size, both = cache.shape
+        head_size = both // 2
+        halves = cache.view(num_blocks, num_kv_heads, 2, block_size * head_size)
+        keys = halves[:, :, 0].unflatten(-1, (head_size, block_size))
+        values = halves[:, :, 1].unflatten(-1, (block_size, head_size))
+        for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
+            from_block, from_row = divmod(source, block_size)
+            to_block, to_row = divmod(target, block_size)
+            keys[to_block, :, :, to_row] = keys[from_block, :, :, from_row].clone()
+            values[to_block, :, to_row] = values[from_block, :, from_row].clone()

@@ -19,8 +19,10 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
+from heterospec_vllm.kernels import reference
 from heterospec_vllm.kernels.draft_attention_cpu import draft_attention_cpu
-from heterospec_vllm.kernels.tree_attention_cpu import tree_attention_cpu
+from heterospec_vllm.kernels.tree_attention_cpu import is_available, tree_attention_cpu
+from heterospec_vllm.timing import CLOCK
 
 
 @dataclass
@@ -122,7 +124,10 @@ class HeteroSpecCPUAttentionImpl(CPUAttentionBackendImpl):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if isinstance(attn_metadata, TreeAttentionMetadata):
-            return self._forward_trees(layer, query, key, value, kv_cache, attn_metadata, output)
+            with CLOCK.span("tree attention"):
+                return self._forward_trees(
+                    layer, query, key, value, kv_cache, attn_metadata, output
+                )
         if isinstance(attn_metadata, DraftLevelMetadata):
             return self._forward_draft_level(
                 layer, query, key, value, kv_cache, attn_metadata, output
@@ -175,7 +180,9 @@ class HeteroSpecCPUAttentionImpl(CPUAttentionBackendImpl):
         scratch_key[metadata.scratch_rows] = key
         scratch_value[metadata.scratch_rows] = value
         key_pages, value_pages = self._key_value_pages(kv_cache)
-        draft_attention_cpu(
+        # Without a compiler chains are drafted, whose levels have one row a request.
+        attend = draft_attention_cpu if is_available() else reference.draft_attention
+        attend(
             query,
             key_pages,
             value_pages,

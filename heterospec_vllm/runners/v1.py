@@ -24,12 +24,14 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from heterospec_vllm.attention.cpu import HeteroSpecCPUAttentionMetadataBuilder
-from heterospec_vllm.config import HeteroSpecConfig, from_vllm_config
+from heterospec_vllm.config import ConfigSource, HeteroSpecConfig, from_vllm_config, parse
 from heterospec_vllm.drafter import HeteroSpecProposer, TrueTokens
 from heterospec_vllm.fallback import awaits_min_tokens, fallback_reason, most_nodes
+from heterospec_vllm.kernels.tree_attention_cpu import is_available
 from heterospec_vllm.metrics import StepCounters
 from heterospec_vllm.policy import TreeShape, tree_shape
 from heterospec_vllm.scorer import TreeScorer
+from heterospec_vllm.timing import CLOCK
 from heterospec_vllm.tree import DraftTrees, Ints
 from heterospec_vllm.verify import Walk
 
@@ -67,7 +69,6 @@ class HeteroSpecCPUModelRunner(CPUModelRunner):
         assert config is not None
         self._config: HeteroSpecConfig = config
         self._shape: TreeShape | None = None
-        self._policy = "plain"
         self.drafter = HeteroSpecProposer(vllm_config, device, self)
         self.scorer = TreeScorer(self.sampler)
         self.counters = StepCounters()
@@ -92,17 +93,18 @@ class HeteroSpecCPUModelRunner(CPUModelRunner):
 
         Requests in flight whose tokens the head has not seen (they were decoded under ``plain``) finish plainly.
         """
-        config = HeteroSpecConfig.model_validate(
-            {**self._config.model_dump(), "policy": policy, **bounds}
-        )
+        options = {**self._config.model_dump(), "policy": policy, **bounds}
+        config = parse(ConfigSource(options, None))
         limit = self.num_spec_tokens
+        name = config.policy if config.policy == "plain" or is_available() else "chain"
         shape = tree_shape(
-            config.policy, min(config.num_speculative_tokens, limit), config.max_depth, config.top_k
+            name, min(config.num_speculative_tokens, limit), config.max_depth, config.top_k
         )
         if self._shape is None and shape is not None:
             for req_id in self.requests:
                 self._plain_reasons[req_id] = "tokens_unseen_by_head"
-        self._policy, self._shape = policy, shape
+            self.counters.fallbacks["tokens_unseen_by_head"] += len(self.requests)
+        self._shape = shape
 
     def read_counters(self, reset: bool) -> dict[str, Any]:
         counters = self.counters.as_dict()
@@ -113,9 +115,19 @@ class HeteroSpecCPUModelRunner(CPUModelRunner):
     # ---- step: match scheduled drafts with their trees
 
     def execute_model(self, scheduler_output: SchedulerOutput, intermediate_tensors=None):
-        self._step, scheduler_output = self._match_drafts(scheduler_output)
-        self.counters.steps += bool(scheduler_output.total_num_scheduled_tokens)
-        return super().execute_model(scheduler_output, intermediate_tensors)
+        with CLOCK.span("execute_model"):
+            with CLOCK.span("match drafts"):
+                self._step, scheduler_output = self._match_drafts(scheduler_output)
+            self.counters.steps += bool(scheduler_output.total_num_scheduled_tokens)
+            return super().execute_model(scheduler_output, intermediate_tensors)
+
+    def sample_tokens(self, grammar_output):
+        with CLOCK.span("sample_tokens"):
+            return super().sample_tokens(grammar_output)
+
+    def _model_forward(self, *args, **kwargs):
+        with CLOCK.span("target forward"):
+            return super()._model_forward(*args, **kwargs)
 
     def _match_drafts(self, scheduler_output: SchedulerOutput) -> tuple[_Step, SchedulerOutput]:
         """Scheduled drafts that are a prefix of their request's tree stay; others (padding) are dropped.
@@ -186,7 +198,8 @@ class HeteroSpecCPUModelRunner(CPUModelRunner):
             ends = self.query_start_loc.np[1 : num_reqs + 1].astype(np.int64)
             step.root_rows = ends - step.trees.num_nodes - 1
             if step.num_tree_reqs:
-                rows = self._place_trees(step)
+                with CLOCK.span("tree layout"):
+                    rows = self._place_trees(step)
         for builder in self._builders():
             builder.step_trees = rows
         return prepared
@@ -219,12 +232,15 @@ class HeteroSpecCPUModelRunner(CPUModelRunner):
         if step.trees is None:
             return self.sampler(logits=logits, sampling_metadata=metadata)
         assert step.root_rows is not None
-        step.walked, output = self.scorer.walk(step.trees, logits, metadata)
+        with CLOCK.span("walk"):
+            step.walked, output = self.scorer.walk(step.trees, logits, metadata)
         slot_mapping = self.input_batch.block_table[self.drafter.kv_cache_gid].slot_mapping.gpu
-        moves = self.scorer.compact(
-            step.walked, step.root_rows, slot_mapping, self._target_kv_caches()
-        )
-        self.counters.record_walk(step.trees, step.walked, moves.num_moves)
+        with CLOCK.span("compaction"):
+            moves = self.scorer.compact(
+                step.walked, step.root_rows, slot_mapping, self._target_kv_caches()
+            )
+        with CLOCK.span("counters"):
+            self.counters.record_walk(step.trees, step.walked, moves.num_moves)
         return output
 
     def _without_discarded_generators(self):
@@ -329,8 +345,7 @@ class HeteroSpecCPUModelRunner(CPUModelRunner):
         """Why a request decodes plainly (decided once a request, logged once a reason, counted)."""
         if req_id not in self._plain_reasons:
             request = self.requests[req_id]
-            custom = bool(self.model_config.logits_processors)
-            reason = fallback_reason(request, custom)
+            reason = fallback_reason(request)
             self._plain_reasons[req_id] = reason
             self._node_caps[req_id] = most_nodes(request)
             if reason is not None:

@@ -7,12 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker import cpu_worker
 
 from heterospec_vllm.attention.cpu import HeteroSpecCPUAttentionBackend
 from heterospec_vllm.kernels import tree_attention_cpu
 from heterospec_vllm.runners.v1 import HeteroSpecCPUModelRunner
+from heterospec_vllm.timing import CLOCK
+
+
+logger = init_logger(__name__)
 
 
 class HeteroSpecCPUWorker(cpu_worker.CPUWorker):
@@ -21,7 +26,9 @@ class HeteroSpecCPUWorker(cpu_worker.CPUWorker):
     model_runner: HeteroSpecCPUModelRunner
 
     def init_device(self) -> None:
-        tree_attention_cpu.ensure_built()
+        reason = tree_attention_cpu.unavailable_reason()
+        if reason is not None:
+            logger.warning("heterospec drafts chains only, no trees: %s", reason)
         backend = HeteroSpecCPUAttentionBackend
         register_backend(
             AttentionBackendEnum.CPU_ATTN, f"{backend.__module__}.{backend.__qualname__}"
@@ -36,6 +43,10 @@ class HeteroSpecCPUWorker(cpu_worker.CPUWorker):
     def heterospec_counters(self, reset: bool = False) -> dict[str, Any]:
         """What was drafted, verified and accepted so far (``metrics.StepCounters``)."""
         return self.model_runner.read_counters(reset)
+
+    def heterospec_clock(self, on: bool) -> dict[str, tuple[float, int]]:
+        """Switch the step clock; returns the seconds and calls by span since the last switch."""
+        return CLOCK.restart(on)
 
 
 @contextmanager

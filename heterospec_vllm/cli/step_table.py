@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`heterospec step-table`: where the time of one decoding step goes, on this machine, for this pair."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+# (span, indent): vLLM's own share of execute_model and sample_tokens is what the inner spans leave.
+ROWS = (
+    ("execute_model", 0),
+    ("match drafts", 1),
+    ("tree layout", 1),
+    ("target forward", 1),
+    ("tree attention", 2),
+    ("sample_tokens", 0),
+    ("walk", 1),
+    ("compaction", 1),
+    ("counters", 1),
+    ("draft: true tokens", 1),
+    ("draft: levels", 1),
+    ("head forward", 2),
+    ("head logits", 2),
+    ("head top-k", 2),
+    ("draft: cut the tree", 1),
+)
+
+DEFAULT_PROMPTS = (
+    "Explain why the sky is blue to a child.",
+    "Write a Python function that returns the n-th Fibonacci number.",
+    "A train travels 60 miles in 1.5 hours. What is its average speed?",
+    "Summarise the plot of Romeo and Juliet in five sentences.",
+)
+
+
+def step_table(
+    target: Annotated[str, typer.Option(help="Target model: folder or hub id.")],
+    head: Annotated[str, typer.Option(help="EAGLE-3 head: folder or hub id.")],
+    policy: Annotated[str, typer.Option(help="plain, chain or static.")] = "static",
+    nodes: Annotated[int, typer.Option(help="num_speculative_tokens, 1..63.")] = 6,
+    depth: Annotated[int, typer.Option(help="max_depth, 1..16.")] = 3,
+    top_k: Annotated[int, typer.Option(help="top_k, 1..16.")] = 4,
+    batch: Annotated[int, typer.Option(help="Requests decoded together.")] = 1,
+    tokens: Annotated[int, typer.Option(help="Tokens generated for each request.")] = 128,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    max_model_len: Annotated[int, typer.Option(help="Engine's max_model_len.")] = 2048,
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSONL with `prompt` or `turns`; default: four of our own.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """Run the pair in this process (both cores, compilation on) and print one step's time by part.
+
+    Spans cost about a microsecond each; the run without them is timed too and printed beside it.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm import LLM
+
+    llm = LLM(
+        target,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=max(batch, 2),
+        enable_prefix_caching=False,
+        speculative_config={
+            "method": "heterospec",
+            "model": head,
+            "policy": policy,
+            "num_speculative_tokens": nodes,
+            "max_depth": depth,
+            "top_k": top_k,
+        },
+    )
+    texts = [texts_of(prompts)[i % len(texts_of(prompts))] for i in range(batch)]
+    _generate(llm, texts, 16)
+    bare = _generate(llm, texts, tokens)
+    llm.collective_rpc("heterospec_counters", kwargs={"reset": True})
+    llm.collective_rpc("heterospec_clock", args=(True,))
+    timed = _generate(llm, texts, tokens)
+    spans = llm.collective_rpc("heterospec_clock", args=(False,))[0]
+    counters = llm.collective_rpc("heterospec_counters")[0]
+    result = _result(spans, counters, timed, bare)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        _print(result)
+
+
+def texts_of(prompts: Path | None) -> list[str]:
+    """The prompts of a JSONL file, or ours. Raises ValueError for a line with neither key."""
+    if prompts is None:
+        return list(DEFAULT_PROMPTS)
+    texts = []
+    for number, line in enumerate(prompts.read_text(encoding="utf-8").splitlines(), 1):
+        row = json.loads(line)
+        text = row.get("prompt") or (row.get("turns") or [None])[0]
+        if not text:
+            raise ValueError(f"{prompts}, line {number}: found neither `prompt` nor `turns`")
+        texts.append(text)
+    return texts
+
+
+def _generate(llm: Any, texts: list[str], tokens: int) -> dict[str, float]:
+    from vllm import SamplingParams
+
+    # An idle engine's threads spin for about a second after their last step.
+    time.sleep(2)
+    conversations = [[{"role": "user", "content": text}] for text in texts]
+    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    start = time.perf_counter()
+    outputs = llm.chat(conversations, params, use_tqdm=False)
+    seconds = time.perf_counter() - start
+    return {
+        "seconds": seconds,
+        "tokens": sum(len(o.outputs[0].token_ids) for o in outputs),
+    }
+
+
+def _result(
+    spans: dict[str, tuple[float, int]],
+    counters: dict[str, Any],
+    timed: dict[str, float],
+    bare: dict[str, float],
+) -> dict[str, Any]:
+    steps = counters["steps"]
+    measured = {name: 1000 * seconds / steps for name, (seconds, _) in spans.items()}
+    return {
+        "steps": steps,
+        "ms_per_step": 1000 * timed["seconds"] / steps,
+        "tokens_per_second": bare["tokens"] / bare["seconds"],
+        "tokens_per_second_with_spans": timed["tokens"] / timed["seconds"],
+        "tokens_per_step": timed["tokens"] / steps,
+        "spans_ms_per_step": measured,
+        "counters": counters,
+    }
+
+
+def _print(result: dict[str, Any]) -> None:
+    total = result["ms_per_step"]
+    table = Table(title=f"One step of {result['steps']}, prefill included")
+    table.add_column("part")
+    table.add_column("ms", justify="right")
+    table.add_column("share", justify="right")
+    spans = result["spans_ms_per_step"]
+    for name, indent in ROWS:
+        if name in spans:
+            table.add_row(
+                "  " * indent + name, f"{spans[name]:.3f}", f"{100 * spans[name] / total:.1f} %"
+            )
+    rest = total - spans.get("execute_model", 0) - spans.get("sample_tokens", 0)
+    table.add_row(
+        "scheduler, detokenizer, the rest of vLLM", f"{rest:.3f}", f"{100 * rest / total:.1f} %"
+    )
+    table.add_row("whole step", f"{total:.3f}", "100 %", end_section=True)
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{result['tokens_per_step']:.2f} tokens a step, {result['tokens_per_second']:.1f} tokens/s "
+        f"({result['tokens_per_second_with_spans']:.1f} with the spans on)"
+    )

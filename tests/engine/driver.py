@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs one vLLM engine in this process and writes what it answered: `python driver.py JOB OUT`.
+
+A job is `{"engine": LLM arguments, "runs": [run, ...]}`; a run is `{"name", "prompts" (token ids or
+text), "sampling" (one dict or one a prompt), "batch" (requests at a time, default all), "policy"
+(optional: arguments of set_heterospec_policy), "abort_after" (optional)}`. Two engines of one
+process would share threads and caches, so tests start a process each.
+"""
+
+import json
+import os
+import sys
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+
+def main(job_file: str, out_file: str) -> None:
+    from vllm import LLM
+
+    with open(job_file) as file:
+        job = json.load(file)
+    llm = LLM(disable_log_stats=False, **job["engine"])
+    speculates = (job["engine"].get("speculative_config") or {}).get("method") == "heterospec"
+    results = {}
+    for run in job["runs"]:
+        if "policy" in run:
+            llm.collective_rpc("set_heterospec_policy", kwargs=run["policy"])
+            llm.reset_prefix_cache()
+        if speculates:
+            llm.collective_rpc("heterospec_counters", kwargs={"reset": True})
+        preemptions = _metric(llm, "vllm:num_preemptions")
+        answers = _run(llm, run)
+        results[run["name"]] = {
+            "answers": answers,
+            "preemptions": _metric(llm, "vllm:num_preemptions") - preemptions,
+            "free_blocks": _free_blocks(llm),
+            "counters": llm.collective_rpc("heterospec_counters")[0] if speculates else None,
+        }
+    with open(out_file, "w") as file:
+        json.dump(results, file)
+
+
+def _run(llm, run) -> list:
+    from vllm import SamplingParams
+
+    prompts = [
+        {"prompt_token_ids": p} if isinstance(p, list) else {"prompt": p} for p in run["prompts"]
+    ]
+    given = (
+        run["sampling"] if isinstance(run["sampling"], list) else [run["sampling"]] * len(prompts)
+    )
+    batch = run.get("batch") or len(prompts)
+    answers = []
+    for start in range(0, len(prompts), batch):
+        part = slice(start, start + batch)
+        outputs = llm.generate(
+            prompts[part], [_params(SamplingParams, s) for s in given[part]], use_tqdm=False
+        )
+        answers += [[_completion(c) for c in output.outputs] for output in outputs]
+    return answers
+
+
+def _params(sampling_params_class, given: dict):
+    from vllm.sampling_params import StructuredOutputsParams
+
+    given = dict(given)
+    if "regex" in given:
+        given["structured_outputs"] = StructuredOutputsParams(regex=given.pop("regex"))
+    if "logit_bias" in given:
+        given["logit_bias"] = {int(token): bias for token, bias in given["logit_bias"].items()}
+    return sampling_params_class(**given)
+
+
+def _completion(completion) -> dict:
+    logprobs = completion.logprobs
+    return {
+        "token_ids": list(completion.token_ids),
+        "text": completion.text,
+        "finish_reason": completion.finish_reason,
+        "logprobs": logprobs
+        and [
+            {str(token): value.logprob for token, value in position.items()}
+            for position in logprobs
+        ],
+    }
+
+
+def _metric(llm, name: str) -> int:
+    return sum(getattr(m, "value", 0) for m in llm.get_metrics() if m.name == name)
+
+
+def _free_blocks(llm) -> int:
+    pool = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+    return pool.get_num_free_blocks()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
