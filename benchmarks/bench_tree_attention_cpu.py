@@ -141,6 +141,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument(
+        "--queries-per-kv", type=int, nargs="+", choices=HEADS, default=list(HEADS), metavar="N"
+    )
     parser.add_argument("--quick", action="store_true", help="a few cases")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -152,7 +155,8 @@ def main() -> None:
     print(f"{args.dtype}, {torch.get_num_threads()} threads, {kernel.instruction_set()}")
     print(f"{header}{'vLLM us':>11}{'ours us':>11}{'ratio':>8}")
     results = []
-    for case in itertools.starmap(Case, itertools.product(HEADS, contexts, rows, requests)):
+    shapes = itertools.product(args.queries_per_kv, contexts, rows, requests)
+    for case in itertools.starmap(Case, shapes):
         result = measure(case, DTYPES[args.dtype])
         results.append(result)
         print(

@@ -93,10 +93,15 @@ class Attend {
   // Attends the request's rows to key chunks [begin, end) of its sequence.
   void run(int64_t req, int64_t kv_head, int64_t begin, int64_t end) {
     start(req, kv_head);
+    Chunk c = locate(begin, kv_head);
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-      const Chunk c = locate(chunk);
+      const bool last = chunk + 1 == end;
+      // What is probably read next: it is fetched while this chunk is multiplied.
+      const Chunk next = last ? locate(0, std::min(kv_head + 1, args_.num_kv_heads - 1))
+                              : locate(chunk + 1, kv_head);
       for (int tile = 0; tile < rows_; tile += kTileRows)
-        attend_tile(c, tile, std::min(kTileRows, rows_ - tile));
+        attend_tile(c, tile == 0 ? next : c, tile, std::min(kTileRows, rows_ - tile));
+      c = next;
     }
     for (int r = 0; r < rows_; ++r) state().sum[r] = reduce_add(load(lane_sums_ + r * kLanes));
   }
@@ -196,7 +201,7 @@ class Attend {
     }
   }
 
-  Chunk locate(int64_t chunk) const {
+  Chunk locate(int64_t chunk, int64_t kv_head) const {
     Chunk c;
     c.first = chunk * kChunk;
     const int64_t end = std::min<int64_t>(c.first + kChunk, args_.seq_lens[req_]);
@@ -212,15 +217,16 @@ class Attend {
       piece.offset = int(position - c.first);
       piece.size = int(std::min(args_.block_size - inside, end - position));
       piece.keys = static_cast<const T*>(args_.key_cache) + block * args_.key_block_stride +
-                   kv_head_ * args_.key_head_stride + inside;
+                   kv_head * args_.key_head_stride + inside;
       piece.values = static_cast<const T*>(args_.value_cache) + block * args_.value_block_stride +
-                     kv_head_ * args_.value_head_stride + inside * dim_;
+                     kv_head * args_.value_head_stride + inside * dim_;
       position += piece.size;
     }
+    for (int p = c.num_pieces; p < kMaxPieces; ++p) c.pieces[p] = c.pieces[0];
     return c;
   }
 
-  void attend_tile(const Chunk& c, int tile, int count) {
+  void attend_tile(const Chunk& c, const Chunk& ahead, int tile, int count) {
     alignas(64) float scores[kTileRows * kChunk];
     alignas(64) L weights[kTileRows * kChunk];
     float keep[kTileRows];
@@ -229,7 +235,7 @@ class Attend {
       const Piece& piece = c.pieces[p];
       const int columns = (piece.size + kLanes - 1) / kLanes * kLanes;
       gemm<T>(count, query_ + tile * dim_, dim_, piece.keys, int(args_.block_size),
-              scores + piece.offset, kChunk, columns, dim_, nullptr);
+              scores + piece.offset, kChunk, columns, dim_, nullptr, ahead.pieces[p].keys);
     }
     for (int r = 0; r < count; ++r) {
       const Bits seen = c.masked ? visible(c, tile + r) : ~Bits{0};
@@ -239,7 +245,7 @@ class Attend {
                          : softmax<false>(row, weights + r * kChunk, kChunk, tile + r, seen);
     }
     float* values = state().values + tile * dim_;
-    add_dense(c, count, weights, values, keep);
+    add_dense(c, ahead, count, weights, values, keep);
     if (!c.masked) return;
     for (int r = 0; r < count; ++r)
       add_sparse(c, sparse[r], weights + r * kChunk, values + r * dim_);
@@ -288,7 +294,8 @@ class Attend {
     return keep;
   }
 
-  void add_dense(const Chunk& c, int count, const L* weights, float* values, const float* keep) {
+  void add_dense(const Chunk& c, const Chunk& ahead, int count, const L* weights, float* values,
+                 const float* keep) {
     static constexpr float kOnes[kTileRows] = {1, 1, 1
 #if defined(HETEROSPEC_AVX512)
                                                ,
@@ -304,7 +311,7 @@ class Attend {
     for (int p = 0; p < c.num_pieces && c.pieces[p].offset < c.dense; ++p) {
       const Piece& piece = c.pieces[p];
       gemm<T>(count, weights + piece.offset, kChunk, piece.values, dim_, values, dim_, dim_,
-              std::min(piece.size, c.dense - piece.offset), p == 0 ? keep : kOnes);
+              std::min(piece.size, c.dense - piece.offset), p == 0 ? keep : kOnes, ahead.pieces[p].values);
     }
   }
 

@@ -26,10 +26,16 @@ struct Left<bf16> {
 };
 #endif
 
+template <int kVectors, typename T>
+HETEROSPEC_INLINE void prefetch(const T* from) {
+  for (size_t i = 0; i < kVectors * kLanes; i += 64 / sizeof(T)) __builtin_prefetch(from + i, 0, 2);
+}
+
 // `keep` null: C is overwritten. Otherwise row r of C is first multiplied by keep[r].
+// `ahead`: memory with B's shape and stride that is wanted soon, fetched meanwhile (any address).
 template <typename T, int kRows, int kVectors>
 void gemm_tile(const float* a, int lda, const T* b, int ldb, float* c, int ldc, int depth,
-               const float* keep) {
+               const float* keep, const T* ahead) {
   vf16 acc[kRows][kVectors];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)
@@ -40,6 +46,7 @@ void gemm_tile(const float* a, int lda, const T* b, int ldb, float* c, int ldc, 
     vf16 right[kVectors];
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) right[v] = load(b + int64_t(k) * ldb + v * kLanes);
+    prefetch<kVectors>(ahead + int64_t(k) * ldb);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
@@ -93,7 +100,7 @@ HETEROSPEC_INLINE void from_lane_order(__m512 v[kVectors]) {
 // As above with bfloat16 products and float sums; depth, lda even.
 template <typename T, int kRows, int kVectors>
 void gemm_tile(const bf16* a, int lda, const bf16* b, int ldb, float* c, int ldc, int depth,
-               const float* keep) {
+               const float* keep, const bf16* ahead) {
   __m512 acc[kRows][kVectors];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
@@ -106,6 +113,8 @@ void gemm_tile(const bf16* a, int lda, const bf16* b, int ldb, float* c, int ldc
     __m512i right[kVectors];
     const bf16* row = b + int64_t(k) * ldb;
     interleave<kVectors>(row, row + ldb, right);
+    prefetch<kVectors>(ahead + int64_t(k) * ldb);
+    prefetch<kVectors>(ahead + int64_t(k + 1) * ldb);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       const __m512bh left = (__m512bh)_mm512_set1_epi32(load_raw<int32_t>(a + r * lda + k));
@@ -125,23 +134,23 @@ void gemm_tile(const bf16* a, int lda, const bf16* b, int ldb, float* c, int ldc
 
 template <typename T, int kRows>
 void gemm_rows(const typename Left<T>::type* a, int lda, const T* b, int ldb, float* c, int ldc,
-               int columns, int depth, const float* keep) {
+               int columns, int depth, const float* keep, const T* ahead) {
   int column = 0;
   for (; column + 2 * kLanes <= columns; column += 2 * kLanes)
-    gemm_tile<T, kRows, 2>(a, lda, b + column, ldb, c + column, ldc, depth, keep);
+    gemm_tile<T, kRows, 2>(a, lda, b + column, ldb, c + column, ldc, depth, keep, ahead + column);
   if (column < columns)
-    gemm_tile<T, kRows, 1>(a, lda, b + column, ldb, c + column, ldc, depth, keep);
+    gemm_tile<T, kRows, 1>(a, lda, b + column, ldb, c + column, ldc, depth, keep, ahead + column);
 }
 
 // rows in 1..kTileRows; columns a multiple of 16.
 template <typename T, int kRows = kTileRows>
 void gemm(int rows, const typename Left<T>::type* a, int lda, const T* b, int ldb, float* c,
-          int ldc, int columns, int depth, const float* keep) {
+          int ldc, int columns, int depth, const float* keep, const T* ahead) {
   if constexpr (kRows > 1) {
     if (rows < kRows)
-      return gemm<T, kRows - 1>(rows, a, lda, b, ldb, c, ldc, columns, depth, keep);
+      return gemm<T, kRows - 1>(rows, a, lda, b, ldb, c, ldc, columns, depth, keep, ahead);
   }
-  gemm_rows<T, kRows>(a, lda, b, ldb, c, ldc, columns, depth, keep);
+  gemm_rows<T, kRows>(a, lda, b, ldb, c, ldc, columns, depth, keep, ahead);
 }
 
 }  // namespace heterospec
