@@ -72,13 +72,20 @@ class HeteroSpecProposer(EagleProposer):
         common_attn_metadata: CommonAttentionMetadata,  # of the target's step
     ) -> DraftTrees:
         """Bring the head's KV up to date with the step's true tokens, then draft a tree for every request."""
-        context = self._first_pass(
-            true_tokens, target_token_ids, target_positions, aux_hidden_states, common_attn_metadata
-        )
+        with CLOCK.span("draft: true tokens"):
+            context = self._first_pass(
+                true_tokens,
+                target_token_ids,
+                target_positions,
+                aux_hidden_states,
+                common_attn_metadata,
+            )
         if not max_nodes.any():
             return DraftTrees.empty(max_nodes.size)
-        pool = self._expand(shape, context)
-        return DraftTrees.from_pool(pool, np.minimum(max_nodes, shape.num_nodes))
+        with CLOCK.span("draft: levels"):
+            pool = self._expand(shape, context)
+        with CLOCK.span("draft: cut the tree"):
+            return DraftTrees.from_pool(pool, np.minimum(max_nodes, shape.num_nodes))
 
     def _first_pass(
         self,
@@ -238,7 +245,7 @@ class HeteroSpecProposer(EagleProposer):
             scratch_rows=slice(first_row, first_row + num_tokens),
             scratch=self._scratch_for(num_tokens * (max_depth - 1)),
         )
-        layer_metadata = dict.fromkeys(self._draft_attn_layer_names, metadata)
+        layer_metadata: dict[str, object] = dict.fromkeys(self._draft_attn_layer_names, metadata)
         normed, hidden = self._run_head(num_tokens, layer_metadata, slots={})
         return hidden, normed, tail
 

@@ -77,6 +77,7 @@ class HeteroSpecCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
+        self.isa: str
         if self.isa == "amx":
             # AMX tiles K and V; vec's plain layout is the one that our op reads.
             self.isa = "vec"
@@ -88,7 +89,7 @@ class HeteroSpecCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         common_prefix_len: int,
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
-    ) -> CPUAttentionMetadata | TreeAttentionMetadata:  # type: ignore[override]
+    ) -> CPUAttentionMetadata | TreeAttentionMetadata:
         trees = self.step_trees
         if trees is None:
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
@@ -108,7 +109,8 @@ class HeteroSpecCPUAttentionImpl(CPUAttentionBackendImpl):
         if self._pages is None or self._pages[0] is not kv_cache:
             num_blocks, num_kv_heads, block_size, _ = kv_cache.size()
             pages = kv_cache.view((num_blocks, num_kv_heads, block_size * 2, -1))
-            self._pages = (kv_cache, *pages.chunk(2, dim=2))
+            keys, values = pages.chunk(2, dim=2)
+            self._pages = (kv_cache, keys, values)
         return self._pages[1], self._pages[2]
 
     def forward(

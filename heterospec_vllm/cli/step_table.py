@@ -61,6 +61,7 @@ def step_table(
     Spans cost about a microsecond each; the run without them is timed too and printed beside it.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB; vLLM would claim most of the memory
     from vllm import LLM
 
     llm = LLM(

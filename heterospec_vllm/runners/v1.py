@@ -77,6 +77,7 @@ class HeteroSpecCPUModelRunner(CPUModelRunner):
         self._node_caps: dict[str, int] = {}
         self._logged_reasons: set[str] = set()
         self._step = _Step({})
+        self._kv_caches_of_target: list[torch.Tensor] = []
         # vLLM drops min_p and logit_bias as soon as a speculative config exists; the walk samples with vLLM's
         # own sampler row by row, so the full set is right for it.
         self.input_batch.logitsprocs = build_logitsprocs(
@@ -204,6 +205,25 @@ class HeteroSpecCPUModelRunner(CPUModelRunner):
             builder.step_trees = rows
         return prepared
 
+    def _calc_spec_decode_metadata(
+        self, num_draft_tokens: np.ndarray, cu_num_scheduled_tokens: np.ndarray
+    ) -> SpecDecodeMetadata:
+        """Only which rows get logits: the walk needs none of what vLLM's rejection sampler does."""
+        num_sampled = num_draft_tokens + 1
+        cu_num_sampled = np.cumsum(num_sampled)
+        first = cu_num_scheduled_tokens - cu_num_sampled  # scheduled rows without logits before it
+        logits_indices = np.arange(cu_num_sampled[-1]) + np.repeat(first, num_sampled)
+        unused = torch.empty(0, dtype=torch.int32)
+        return SpecDecodeMetadata(
+            draft_token_ids=unused,
+            num_draft_tokens=num_draft_tokens.tolist(),
+            cu_num_draft_tokens=unused,
+            cu_num_sampled_tokens=unused,
+            target_logits_indices=unused,
+            bonus_logits_indices=unused,
+            logits_indices=torch.from_numpy(logits_indices),
+        )
+
     def _place_trees(self, step: _Step):
         """Positions follow the depth (slots were computed from the row index, which is what KV needs)."""
         assert step.trees is not None and step.root_rows is not None
@@ -231,7 +251,7 @@ class HeteroSpecCPUModelRunner(CPUModelRunner):
         metadata = self._without_discarded_generators()
         if step.trees is None:
             return self.sampler(logits=logits, sampling_metadata=metadata)
-        assert step.root_rows is not None
+        assert step.root_rows is not None and logits is not None
         with CLOCK.span("walk"):
             step.walked, output = self.scorer.walk(step.trees, logits, metadata)
         slot_mapping = self.input_batch.block_table[self.drafter.kv_cache_gid].slot_mapping.gpu
@@ -279,7 +299,7 @@ class HeteroSpecCPUModelRunner(CPUModelRunner):
         return self._kv_caches_of_target
 
     def initialize_kv_cache(self, *args, **kwargs) -> None:
-        self._kv_caches_of_target: list[torch.Tensor] = []
+        self._kv_caches_of_target = []
         super().initialize_kv_cache(*args, **kwargs)
 
     # ---- step: drafting

@@ -16,7 +16,6 @@ from heterospec_vllm.kernels import tree_attention_cpu
 from heterospec_vllm.runners.v1 import HeteroSpecCPUModelRunner
 from heterospec_vllm.timing import CLOCK
 
-
 logger = init_logger(__name__)
 
 
@@ -53,8 +52,8 @@ class HeteroSpecCPUWorker(cpu_worker.CPUWorker):
 def _our_runner_class() -> Iterator[None]:
     """CPUWorker.init_device names its runner class itself; remove when it asks an overridable method."""
     theirs = cpu_worker.CPUModelRunner
-    cpu_worker.CPUModelRunner = HeteroSpecCPUModelRunner  # type: ignore[misc]
+    cpu_worker.CPUModelRunner = HeteroSpecCPUModelRunner
     try:
         yield
     finally:
-        cpu_worker.CPUModelRunner = theirs  # type: ignore[misc]
+        cpu_worker.CPUModelRunner = theirs
