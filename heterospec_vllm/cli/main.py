@@ -10,6 +10,7 @@ import typer
 from heterospec_vllm.cli.demo import demo
 from heterospec_vllm.cli.demo_model import demo_model
 from heterospec_vllm.cli.step_table import step_table
+from heterospec_vllm.cli.train_head import train_head
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,3 +32,4 @@ def root() -> None:
 app.command("demo")(demo)
 app.command("demo-model")(demo_model)
 app.command("step-table")(step_table)
+app.command("train-head")(train_head)

@@ -11,7 +11,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 MAX_MODULE_LINES = 400
-MAX_FUNCTION_LINES = 80
+# One class that overrides one class of vLLM.
+LONGER_MODULES = {"heterospec_vllm/runners/v1.py": 460}
+MAX_FUNCTION_LINES = 60  # of the body: a signature with shapes, or a command's options, may be long
 
 SOURCE_SUFFIXES = {".py", ".cpp", ".h", ".hpp", ".cu", ".toml", ".sh"}
 SPDX = "SPDX-License-Identifier: Apache-2.0"
@@ -47,6 +49,16 @@ def text_of(path: Path) -> str | None:
         return None
 
 
+def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines from the first statement after the docstring to the end."""
+    statements = function.body[1:] if ast.get_docstring(function) else function.body
+    if not statements:
+        return 0
+    last = statements[-1].end_lineno
+    assert last is not None
+    return last - statements[0].lineno + 1
+
+
 def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
@@ -71,12 +83,11 @@ def test_modules_and_functions_stay_small() -> None:
         if path.suffix != ".py":
             continue
         text = path.read_text(encoding="utf-8")
-        if len(text.splitlines()) > MAX_MODULE_LINES:
+        if len(text.splitlines()) > LONGER_MODULES.get(name_of(path), MAX_MODULE_LINES):
             too_long.append(f"{name_of(path)}: {len(text.splitlines())} lines")
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                assert node.end_lineno is not None
-                num_lines = node.end_lineno - node.lineno + 1
+                num_lines = body_lines(node)
                 if num_lines > MAX_FUNCTION_LINES:
                     too_long.append(f"{name_of(path)}: {node.name} has {num_lines} lines")
     assert too_long == []

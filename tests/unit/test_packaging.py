@@ -106,5 +106,5 @@ def test_cli_help_is_light_and_lists_every_command() -> None:
         "heavy = names & set(sys.modules)\n"
         "assert not heavy, heavy",
     )
-    for command in ("demo-model", "demo"):
+    for command in ("demo", "demo-model", "step-table", "train-head"):
         assert f" {command} " in printed
