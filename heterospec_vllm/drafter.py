@@ -8,7 +8,7 @@ outside the pages: nothing of a tree ever has to be undone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,8 @@ class _Frontier:
 class HeteroSpecProposer(EagleProposer):
     """Drafts trees with vLLM's own EAGLE-3 proposer: its loading, weight sharing, buffers and first pass."""
 
+    num_speculative_tokens: int
+
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None) -> None:
         super().__init__(vllm_config, device, runner)
         self._scratch: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -80,12 +82,20 @@ class HeteroSpecProposer(EagleProposer):
                 aux_hidden_states,
                 common_attn_metadata,
             )
-        if not max_nodes.any():
+        wanted = np.flatnonzero(max_nodes)
+        if not wanted.size:
             return DraftTrees.empty(max_nodes.size)
+        if wanted.size < max_nodes.size:
+            context = context.take(torch.from_numpy(wanted))
         with CLOCK.span("draft: levels"):
             pool = self._expand(shape, context)
         with CLOCK.span("draft: cut the tree"):
-            return DraftTrees.from_pool(pool, np.minimum(max_nodes, shape.num_nodes))
+            trees = DraftTrees.from_pool(pool, np.minimum(max_nodes[wanted], shape.num_nodes))
+            if wanted.size == max_nodes.size:
+                return trees
+            place = np.zeros_like(max_nodes)
+            place[wanted] = np.arange(wanted.size)
+            return trees.take(place, np.where(max_nodes > 0, trees.num_nodes[place], 0))
 
     def _first_pass(
         self,
@@ -165,7 +175,8 @@ class HeteroSpecProposer(EagleProposer):
     def _expand(self, shape: TreeShape, context: _HeadContext) -> CandidatePool:
         """Grow the candidate pool level by level; the ``beam`` best nodes of a level are expanded next."""
         num_reqs = context.seq_lens.shape[0]
-        beam = min(shape.top_k, shape.num_nodes)
+        # vLLM's head buffers hold one scheduler budget of tokens.
+        beam = min(shape.top_k, shape.num_nodes, self.max_num_tokens // num_reqs)
         tokens, scores = self._top_children(context.normed, shape.top_k)
         ranks = np.tile(np.arange(shape.top_k), (num_reqs, 1))
         pool = [CandidatePool(tokens.numpy(), scores.numpy(), np.full_like(ranks, NO_ROW), ranks)]
@@ -273,3 +284,7 @@ class _HeadContext:
     normed: torch.Tensor  # [num_reqs, hidden_size] for the logits of level 1
     hidden: torch.Tensor  # [num_reqs, hidden_size] fed back into level 1
     positions: torch.Tensor  # [num_reqs] of each request's last true token
+
+    def take(self, reqs: torch.Tensor) -> _HeadContext:
+        """The context of some requests."""
+        return _HeadContext(*(getattr(self, f.name)[reqs] for f in fields(self)))

@@ -348,7 +348,9 @@ class HeteroSpecCPUModelRunner(CPUModelRunner):
 
     def _max_nodes(self, sampled_token_ids: list[list[int]]) -> Ints:
         """[num_reqs] nodes each request may get: none without a new token or for one that decodes plainly."""
-        limit = self.num_spec_tokens
+        # Trees may take half of a step's token budget; the rest is for prompts that wait.
+        room = self.scheduler_config.max_num_batched_tokens // 2 // self.input_batch.num_reqs - 1
+        limit = max(0, min(self.num_spec_tokens, room))
         caps = []
         for req_id, emitted in zip(self.input_batch.req_ids, sampled_token_ids, strict=True):
             if not emitted or self._reason(req_id) is not None:
