@@ -16,7 +16,7 @@ QUESTIONS = (
     "Tom has 3 boxes with 12 pencils each and gives away 7 pencils. How many are left? "
     "Show your steps.",
     "List five tips for a good night's sleep.",
-    "Rewrite this sentence in three different ways: The quick brown fox jumps over the lazy dog.",
+    "Write a short, polite email asking my landlord to repair the heating.",
     "Explain the difference between a virus and a bacterium to a ten-year-old.",
 )
 # An idle engine keeps polling for about one second after its last step and would slow the other.
