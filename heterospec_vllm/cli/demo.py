@@ -168,7 +168,7 @@ def _summary(measured: "Measurements", reference: "Measurements") -> Table:
         title="one request at a time, greedy, medians of interleaved rounds",
         caption=f"vllm serve, VLLM_CPU_OMP_THREADS_BIND={bind} for both, {os.cpu_count()} cores",
     )
-    for column in ("system", "tokens/s", "range", "tokens per draft", "ratio"):
+    for column in ("system", "tokens/s", "range", "acceptance length", "ratio"):
         table.add_column(column, justify="left" if column == "system" else "right")
     for label, result in (("plain", reference), ("speculating", measured)):
         length = result.acceptance_length

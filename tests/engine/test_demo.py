@@ -35,8 +35,8 @@ def test_demo_answers_compares_and_cleans_up() -> None:
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert "photosynthesis" in result.stdout.lower()
-    (tokens_per_draft,) = re.findall(r"speculating .*│\s+(\d\.\d\d) │", result.stdout)
-    assert float(tokens_per_draft) > 1.2  # an untrained head gives 1.0
+    (acceptance_length,) = re.findall(r"speculating .*│\s+(\d\.\d\d) │", result.stdout)
+    assert float(acceptance_length) > 1.2  # an untrained head gives 1.0
     ports = set(re.findall(r"--port (\d+)", result.stdout))
     assert len(ports) == 2
     assert servers_on(ports) == []
