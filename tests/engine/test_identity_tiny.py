@@ -212,7 +212,7 @@ def test_all_blocks_return(answers) -> None:
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
-        ("chunked prefill", {"max_num_batched_tokens": 64, "max_num_seqs": 8}),
+        ("chunked prefill", {"max_num_batched_tokens": 96, "max_num_seqs": 8}),
         ("preemption", {"num_gpu_blocks_override": 9, "max_num_seqs": 8}),
         ("no prefix caching", {"enable_prefix_caching": False}),
     ],
