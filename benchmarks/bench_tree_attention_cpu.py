@@ -90,7 +90,8 @@ def build_calls(
         enable_kv_split=True,
     )
     query = torch.randn(num_tokens, heads.num_heads, heads.head_size).to(dtype)
-    theirs, ours = [], []
+    theirs: list[Callable[[], None]] = []
+    ours: list[Callable[[], None]] = []
     for _ in range(copies):
         cache = torch.empty(shape, dtype=dtype).normal_()
         keys, values = cache.chunk(2, dim=2)
