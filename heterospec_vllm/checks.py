@@ -114,7 +114,7 @@ def _target_reasons(facts: EngineFacts) -> Iterator[str]:
     other_layers = [kind for kind in target.layer_types if kind not in FULL_ATTENTION]
     if other_layers:
         yield f"{model}: found layers of type {', '.join(other_layers)}, allowed: full_attention"
-    if facts.on_cpu and target.head_size not in CPU_HEAD_SIZES:
+    if target.head_size not in CPU_HEAD_SIZES:
         sizes = ", ".join(map(str, CPU_HEAD_SIZES))
         yield f"{model}: found head size {target.head_size}, allowed on CPU: {sizes}"
     if target.prompt_embeds:

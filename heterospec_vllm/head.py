@@ -147,7 +147,7 @@ def _misfits(head: HeadConfig, facts: EngineFacts) -> Iterator[str]:
             f"allowed: at most {target.vocab_size}, the target's"
         )
     head_size = head.head_dim or head.hidden_size // head.num_attention_heads
-    if facts.on_cpu and head_size not in CPU_HEAD_SIZES:
+    if head_size not in CPU_HEAD_SIZES:
         sizes = ", ".join(map(str, CPU_HEAD_SIZES))
         yield f"found a head with head size {head_size}, allowed on CPU: {sizes}"
     if not head.eagle_config.use_aux_hidden_state:
