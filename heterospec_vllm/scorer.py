@@ -13,7 +13,10 @@ from vllm.v1.sample.sampler import Sampler
 
 from heterospec_vllm.attention.cpu import TreeRows
 from heterospec_vllm.cache import KVMoves, plan_moves
+from heterospec_vllm.kernels import reference
+from heterospec_vllm.kernels.argmax_rows_cpu import argmax_rows_cpu
 from heterospec_vllm.kernels.kv_compact_cpu import kv_compact_cpu
+from heterospec_vllm.kernels.tree_attention_cpu import is_available
 from heterospec_vllm.tree import DraftTrees, Ints
 from heterospec_vllm.verify import Walk, walk
 
@@ -25,6 +28,17 @@ class TreeScorer:
 
     def __init__(self, sampler: Sampler) -> None:
         self.sampler = sampler
+
+    def sample_plain(
+        self,
+        logits: torch.Tensor,  # [num_reqs, vocab_size]
+        sampling_metadata: SamplingMetadata,
+    ) -> SamplerOutput:
+        """One token a request, no drafts: vLLM's sampler, or the same argmax without a float32 copy."""
+        if not is_plain_greedy(sampling_metadata):
+            return self.sampler(logits=logits, sampling_metadata=sampling_metadata)
+        tokens = argmax_rows(logits, torch.arange(logits.shape[0]))
+        return SamplerOutput(sampled_token_ids=tokens.int()[:, None], logprobs_tensors=None)
 
     def attention_rows(
         self,
@@ -52,14 +66,18 @@ class TreeScorer:
     ) -> tuple[Walk, SamplerOutput]:
         """Walk the batch with the target's own samples; the output has vLLM's padded spec-decode form.
 
-        Greedy batches take one argmax over all rows. Otherwise vLLM's sampler runs once a depth on the visited
-        rows only, so a seeded request draws exactly one seed for every token it emits, as without speculation.
+        Only visited rows are looked at. Greedy batches take their argmax; otherwise vLLM's sampler runs once a
+        depth on them, so a seeded request draws exactly one seed for every token it emits, as without speculation.
         """
         first_row = np.zeros(trees.num_reqs, dtype=np.int64)
         np.cumsum(trees.num_nodes[:-1] + 1, out=first_row[1:])
-        if _is_plain_greedy(sampling_metadata):
-            argmax = self.sampler.greedy_sample(logits.float()).numpy()
-            walked = walk(trees, lambda reqs, rows, _: argmax[first_row[reqs] + rows])
+        if is_plain_greedy(sampling_metadata):
+            walked = walk(
+                trees,
+                lambda reqs, rows, _: argmax_rows(
+                    logits, torch.from_numpy(first_row[reqs] + rows)
+                ).numpy(),
+            )
             return walked, _sampler_output(walked, None)
         levels: list[_SampledLevel] = []
 
@@ -117,6 +135,11 @@ class TreeScorer:
         return moves
 
 
+def argmax_rows(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """[num_rows] the token with the largest logit of each named row, as vLLM's greedy sampling picks it."""
+    return (argmax_rows_cpu if is_available() else reference.argmax_rows)(logits, rows)
+
+
 class _SampledLevel:
     """Requests sampled at one depth, their tokens and logprobs."""
 
@@ -128,7 +151,7 @@ class _SampledLevel:
         self.logprobs = logprobs
 
 
-def _is_plain_greedy(metadata: SamplingMetadata) -> bool:
+def is_plain_greedy(metadata: SamplingMetadata) -> bool:
     """Whether every row's token is the argmax of its raw logits and nothing else is asked for."""
     holder = metadata.thinking_budget_state_holder
     return (

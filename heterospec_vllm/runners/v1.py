@@ -250,7 +250,8 @@ class HeteroSpecCPUModelRunner(CPUModelRunner):
         step = self._step
         metadata = self._without_discarded_generators()
         if step.trees is None:
-            return self.sampler(logits=logits, sampling_metadata=metadata)
+            assert logits is not None
+            return self.scorer.sample_plain(logits, metadata)
         assert step.root_rows is not None and logits is not None
         with CLOCK.span("walk"):
             step.walked, output = self.scorer.walk(step.trees, logits, metadata)

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <vector>
 
+#include "argmax.hpp"
 #include "attend.hpp"
 #include "kv_compact.hpp"
 
@@ -176,6 +177,15 @@ HETEROSPEC_EXPORT int heterospec_tree_attention(const heterospec::Arguments* arg
 // Returns 0, or 1 for an element size it does not know.
 HETEROSPEC_EXPORT int heterospec_kv_compact(const heterospec::CompactArguments* args) {
   return heterospec::compact(*args);
+}
+
+// Returns 0, or 1 for an element size it does not know.
+HETEROSPEC_EXPORT int heterospec_argmax_rows(const heterospec::ArgmaxArguments* args) {
+  switch (args->element_size) {
+    case 2: heterospec::argmax_rows<int16_t>(*args); return 0;
+    case 4: heterospec::argmax_rows<int32_t>(*args); return 0;
+    default: return 1;
+  }
 }
 
 // What the library was built for, for messages.
