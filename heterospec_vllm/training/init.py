@@ -71,12 +71,12 @@ def init_from_target(
     tensors = load_tensors(folder, [f"{prefix}{p}.weight" for p in [*parts, *qkv, *norms]])
     mid = head.midlayer
     for name in [*parts, "post_attention_layernorm"]:
-        mine = mid.get_submodule(name).weight
+        mine = mid.get_parameter(f"{name}.weight")
         theirs = tensors[f"{prefix}{name}.weight"]
         if mine.shape == theirs.shape:
             mine.copy_(theirs)
     for name in qkv:
-        mine = mid.get_submodule(name).weight
+        mine = mid.get_parameter(f"{name}.weight")
         theirs = tensors[f"{prefix}{name}.weight"].float()
         if name != "self_attn.q_proj" and mine.shape[0] != theirs.shape[0]:
             repeat = mine.shape[0] // theirs.shape[0]

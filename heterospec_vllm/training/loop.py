@@ -228,7 +228,8 @@ class Trainer:
 
 
 def make_optimizers(head: Eagle3Head, o: TrainOptions) -> list[torch.optim.Optimizer]:
-    matrices, others = [], []
+    matrices: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
     for name, p in head.named_parameters():
         inner = p.dim() == 2 and name != "lm_head.weight" and o.matrix_learning_rate > 0
         (matrices if inner else others).append(p)

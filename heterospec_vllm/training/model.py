@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from heterospec_vllm.training.ops import SoftCrossEntropy, attend, lower, rope_table, rotate
+
 
 @dataclass(frozen=True)
 class HeadConfig:
@@ -47,11 +49,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
-
-
-def lower(x: Tensor) -> Tensor:
-    """To autocast's dtype, once for all the matmuls that read ``x`` (each would cast it itself)."""
-    return x.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else x
 
 
 class Attention(nn.Module):
@@ -88,65 +85,6 @@ class MidLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
 
-def rope_table(c: HeadConfig, length: int) -> tuple[Tensor, Tensor]:
-    """cos, sin of shape [length, head_dim], in the half-split order of Llama."""
-    inverse = c.rope_theta ** (-torch.arange(0, c.head_dim, 2).float() / c.head_dim)
-    angles = torch.arange(length).float()[:, None] * inverse
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    # x: [..., heads, head_dim]; cos, sin: [..., head_dim]
-    low, high = x.float().chunk(2, dim=-1)
-    return x * cos[..., None, :] + torch.cat([-high, low], dim=-1) * sin[..., None, :]
-
-
-class SoftCrossEntropy(torch.autograd.Function):
-    """Cross entropy to the target's softmax over the draft vocabulary, in chunks of rows.
-
-    Logits of 8192 words for thousands of rows are never held at once, and their gradient is formed
-    where they are: ``softmax(draft) - softmax(target)``.
-
-    Returns (loss, rank): the weighted sum of the cross entropies and, per row, how many words the
-    head likes better than the true one (0: the head's first choice is right).
-    """
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx, hidden: Tensor, weight: Tensor, log_p: Tensor, rows: Tensor, truth: Tensor, w: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        # hidden: [n, hidden_size]; weight: [draft_vocab, hidden_size]
-        # log_p: [targets, draft_vocab]; rows, truth (draft id or -1), w: [n]
-        low = log_p.dtype
-        hidden_low, weight_low = hidden.to(low), weight.to(low)
-        grad_weight = torch.zeros_like(weight)
-        grad_hidden = torch.empty_like(hidden_low)
-        rank = torch.empty_like(truth)
-        loss = torch.zeros((), dtype=torch.float32)
-        for start in range(0, len(hidden), 512):
-            part = slice(start, start + 512)
-            h = hidden_low[part]
-            logits = (h @ weight_low.T).float()
-            at_truth = logits.gather(1, truth[part].clamp(min=0)[:, None])
-            rank[part] = (logits > at_truth).sum(1)
-            log_q = logits.log_softmax(-1)
-            p = log_p[rows[part]].float().exp_()
-            loss -= (w[part] * (p * log_q).sum(-1)).sum()
-            grad = ((log_q.exp_() - p) * w[part, None]).to(low)
-            grad_hidden[part] = grad @ weight_low
-            grad_weight += grad.T @ h
-        rank[truth < 0] = weight.shape[0]
-        ctx.save_for_backward(grad_hidden.to(hidden.dtype), grad_weight)
-        ctx.mark_non_differentiable(rank)
-        return loss, rank
-
-    @staticmethod
-    def backward(ctx, grad_loss: Tensor, _: Tensor):  # type: ignore[override]
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_loss, grad_weight * grad_loss, None, None, None, None
-
-
 @dataclass(frozen=True)
 class Batch:
     """Sequences side by side, padded to one length (right; padding is never a key or a query).
@@ -180,6 +118,10 @@ class StepResult:
 
 
 class Eagle3Head(nn.Module):
+    embed: Tensor
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, config: HeadConfig, embed: Tensor) -> None:
         super().__init__()
         self.config = config
@@ -195,7 +137,9 @@ class Eagle3Head(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
         # The target's embedding, frozen and not part of the checkpoint: vLLM shares it.
         self.register_buffer("embed", embed, persistent=False)
-        cos, sin = rope_table(config, config.max_position_embeddings + 16)
+        cos, sin = rope_table(
+            config.head_dim, config.rope_theta, config.max_position_embeddings + 16
+        )
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
@@ -277,47 +221,3 @@ class Eagle3Head(nn.Module):
             if not len(b):
                 break
         return total / max(1, results[0].queries), results
-
-
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    own: list[tuple[Tensor, Tensor]],
-    b: Tensor,
-    i: Tensor,
-    groups: int,
-) -> Tensor:
-    """Attention of queries over the step-0 keys at positions <= i and their own later keys.
-
-    query: [n, heads, head_dim]; key, value: [batch, kv_heads, length, head_dim];
-    own: per later step ([n, kv_heads, head_dim], same); b, i: [n] sequence and position.
-    Returns [n, heads * head_dim].
-    """
-    n, heads, dim = query.shape
-    size, kv_heads, length, _ = key.shape
-    # Queries go back to a grid: one matmul per sequence and KV head, no ragged loops.
-    grid = query.new_zeros(size, length, heads, dim).index_put((b, i), query)
-    grid = grid.view(size, length, kv_heads, groups, dim).permute(0, 2, 1, 3, 4)
-    grid = grid.reshape(size, kv_heads, length * groups, dim)
-    scores = (grid @ key.to(grid.dtype).transpose(-1, -2)).float() * dim**-0.5
-    causal = torch.ones(length, length, dtype=torch.bool).tril_().repeat_interleave(groups, 0)
-    scores = scores.masked_fill(~causal, -torch.inf)
-    if not own:
-        mixed = scores.softmax(-1).to(grid.dtype) @ value.to(grid.dtype)
-    else:
-        q = query.view(n, kv_heads, groups, dim)
-        extra = [(q * k[:, :, None]).sum(-1).float() * dim**-0.5 for k, _ in own]
-        late = scores.new_zeros(size, length, kv_heads, groups, len(own))
-        late = late.index_put((b, i), torch.stack(extra, dim=-1))
-        late = late.permute(0, 2, 1, 3, 4).reshape(size, kv_heads, length * groups, len(own))
-        weights = torch.cat([scores, late], dim=-1).softmax(-1)
-        mixed = weights[..., :length].to(grid.dtype) @ value.to(grid.dtype)
-        late = weights[..., length:].view(size, kv_heads, length, groups, len(own))
-        late = late.permute(0, 2, 1, 3, 4)[b, i]
-        # late: [n, kv_heads, groups, steps]
-    mixed = mixed.view(size, kv_heads, length, groups, dim).permute(0, 2, 1, 3, 4)[b, i]
-    if own:
-        for step, (_, v) in enumerate(own):
-            mixed = mixed + late[..., step, None] * v[:, :, None]
-    return mixed.reshape(n, heads * dim)

@@ -13,7 +13,8 @@ from heterospec_vllm.training.capture import FeatureStore, Job, make_jobs
 from heterospec_vllm.training.data import Corpus, plan
 from heterospec_vllm.training.init import draft_vocabulary, head_config, load_target
 from heterospec_vllm.training.loop import Trainer, TrainOptions
-from heterospec_vllm.training.model import Batch, Eagle3Head, SoftCrossEntropy, rotate
+from heterospec_vllm.training.model import Batch, Eagle3Head
+from heterospec_vllm.training.ops import SoftCrossEntropy, rotate
 
 HIDDEN, HEADS, KV_HEADS, DIM, VOCAB, DRAFT = 32, 4, 2, 8, 64, 24
 TARGET = {
