@@ -39,7 +39,9 @@ def train_head(
     ] = None,
     work: Annotated[
         Path,
-        typer.Option(help="Folder of answers, hidden states (7 KB a token) and training state."),
+        typer.Option(
+            help="Folder of answers and hidden states (`store*`) and of the training state."
+        ),
     ] = Path("head-work"),
     output: Annotated[Path, typer.Option(help="The head is written here.")] = Path("head"),
     collect_minutes: Annotated[
@@ -76,7 +78,7 @@ def train_head(
         str,
         typer.Option(
             help="Layers whose input the head reads, comma separated; the number of layers stands "
-            "for the output of the last. [default: half, 5/6 and all of the layers]",
+            "for the output of the last. [default: 2, half, 5/6 and all of the layers]",
         ),
     ] = "",
     kv_heads: Annotated[
@@ -146,7 +148,8 @@ def train_head(
             target, prompts[0], answers, store, tap_layers, collect_minutes, max_tokens,
             greedy_share, seed,
         )  # fmt: skip
-    if not store.exists():
+    stores = sorted(path for path in work.glob("store*") if path.is_dir())
+    if not stores:
         raise typer.BadParameter(f"--work {work} holds no answers: collect some first")
     import os
 
@@ -175,7 +178,7 @@ def train_head(
     with _Display() as display:
         recipe.train(
             target,
-            sorted(path for path in work.glob("store*") if path.is_dir()),
+            stores,
             work,
             output,
             options,
@@ -238,7 +241,7 @@ def _tap_layers(target: Path, taps: str) -> tuple[int, ...]:
 
     count = json.loads((target / "config.json").read_text())["num_hidden_layers"]
     if not taps:
-        return (count // 2, count * 5 // 6 + 1, count)
+        return tuple(sorted({min(2, count), count // 2, min(count, count * 5 // 6 + 1), count}))
     try:
         layers = tuple(sorted({int(tap) for tap in taps.split(",")}))
     except ValueError:
