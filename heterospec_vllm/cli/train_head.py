@@ -138,7 +138,7 @@ def train_head(
         raise typer.BadParameter("give --minutes or --epochs, not both")
     tap_layers = _tap_layers(target, taps)
     store = work / "store"
-    if collect_minutes > 0 and not resume:
+    if collect_minutes > 0 and (prompts or not resume):
         if not prompts or len(prompts) != 1:
             raise typer.BadParameter(
                 "one --prompts FILE is needed to collect answers (JSONL with `id` and `prompt` or "
