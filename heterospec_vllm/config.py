@@ -54,7 +54,7 @@ class HeteroSpecConfig(BaseModel):
         description="Most draft nodes verified for one request in one step.",
     )
     max_depth: int = Field(
-        default=3, ge=1, le=16, description="Most draft levels, so the longest path of a tree."
+        default=2, ge=1, le=16, description="Most draft levels, so the longest path of a tree."
     )
     top_k: int = Field(
         default=4,

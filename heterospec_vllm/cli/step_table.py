@@ -45,7 +45,7 @@ def step_table(
     head: Annotated[str, typer.Option(help="EAGLE-3 head: folder or hub id.")],
     policy: Annotated[str, typer.Option(help="plain, chain or static.")] = "static",
     nodes: Annotated[int, typer.Option(help="num_speculative_tokens, 1..63.")] = 6,
-    depth: Annotated[int, typer.Option(help="max_depth, 1..16.")] = 3,
+    depth: Annotated[int, typer.Option(help="max_depth, 1..16.")] = 2,
     top_k: Annotated[int, typer.Option(help="top_k, 1..16.")] = 4,
     batch: Annotated[int, typer.Option(help="Requests decoded together.")] = 1,
     tokens: Annotated[int, typer.Option(help="Tokens generated for each request.")] = 128,
