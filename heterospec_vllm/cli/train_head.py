@@ -151,17 +151,10 @@ def train_head(
     stores = sorted(path for path in work.glob("store*") if path.is_dir())
     if not stores:
         raise typer.BadParameter(f"--work {work} holds no answers: collect some first")
-    import os
-
-    import torch
-
     from heterospec_vllm.training import recipe
     from heterospec_vllm.training.loop import TrainOptions
 
-    if threads:
-        torch.set_num_threads(threads)
-    if "WORLD_SIZE" in os.environ:
-        torch.distributed.init_process_group("gloo")
+    _set_up_torch(threads)
     options = TrainOptions(
         minutes=minutes if minutes is not None or epochs is not None else 60.0,
         epochs=epochs,
@@ -192,6 +185,18 @@ def train_head(
             on_held_out=display.held_out,
         )
     typer.echo(f"head written to {output}")
+
+
+def _set_up_torch(threads: int) -> None:
+    """Bound the threads and join the other processes of a `torchrun`."""
+    import os
+
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    if "WORLD_SIZE" in os.environ:
+        torch.distributed.init_process_group("gloo")
 
 
 class _Display:

@@ -92,3 +92,29 @@ def test_processes_that_start_together_build_once() -> None:
     assert [out.strip() for out, _ in outputs] == ["True"] * 3
     assert sum("compiling" in err for _, err in outputs) == 1
     assert len(list(cpu_library.cache_dir().glob("*.so"))) == 1
+
+
+OPENMP_PROBE = """
+import sys
+from pathlib import Path
+import torch
+from heterospec_vllm.kernels import cpu_library
+threads = cpu_library.load_library(sys.argv[1] == "portable").heterospec_tree_attention_threads
+for count in (3, 1):
+    torch.set_num_threads(count)
+    assert threads() == count, (threads(), count)
+maps = Path("/proc/self/maps").read_text().split()
+runtimes = {path for path in maps if "libgomp" in path or "libomp" in path}
+assert len(runtimes) == 1, runtimes
+"""
+
+
+@pytest.mark.parametrize("build_kind", ["native", "portable"])
+def test_shares_torchs_openmp_runtime(build_kind: str) -> None:
+    """A second runtime would have threads of its own, beside those that vLLM binds to cores.
+
+    In a process of its own: other tests load libraries that bring their own runtime.
+    """
+    probe = [sys.executable, "-c", OPENMP_PROBE, build_kind]
+    done = subprocess.run(probe, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -5,14 +5,13 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from heterospec_vllm.kernels import cpu_library, reference
+from heterospec_vllm.kernels import reference
 from heterospec_vllm.kernels import tree_attention_cpu as kernel
 
 # rtol: one unit in the last place of the output. atol: values are below 4 here; bfloat16 also
@@ -375,15 +374,3 @@ def test_check_arguments_names_the_field(field: str, broken, message: str) -> No
     setattr(inputs, field, broken(inputs))
     with pytest.raises(ValueError, match=message):
         kernel.check_arguments(**inputs.arguments())
-
-
-def test_shares_torchs_openmp_runtime() -> None:
-    """A second runtime would have threads of its own, beside those that vLLM binds to cores."""
-    assert_matches(build(Model(), [Request(2000, chain(8))]), num_threads=2)
-    maps = Path("/proc/self/maps").read_text().split()
-    runtimes = {path for path in maps if "libgomp" in path or "libomp" in path}
-    assert len(runtimes) <= 1
-    threads = cpu_library.load_library().heterospec_tree_attention_threads
-    for count in (3, 1):
-        torch.set_num_threads(count)
-        assert threads() == count
