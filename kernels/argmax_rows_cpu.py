@@ -1,24 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Argmax of some rows of a matrix on CPU, read in their own dtype (C++, csrc/)."""
 
-import ctypes
-import functools
 import struct
 
 import torch
 
-from .cpu_library import load_library
+from .cpu_library import c_entry
 
 _PACK = struct.Struct("=4q3Q").pack  # csrc/argmax.hpp: ArgmaxArguments
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@functools.cache
-def _entry() -> "ctypes._NamedFuncPointer":
-    entry = load_library().heterospec_argmax_rows
-    entry.argtypes = [ctypes.c_char_p]
-    entry.restype = ctypes.c_int
-    return entry
 
 
 def argmax_rows_cpu(
@@ -37,7 +27,7 @@ def argmax_rows_cpu(
     assert values.dtype in _DTYPES and values.stride(1) == 1, (values.dtype, values.stride())
     assert rows.dtype == torch.int64 and rows.is_contiguous()
     indices = torch.empty_like(rows)
-    failed = _entry()(
+    failed = c_entry("heterospec_argmax_rows")(
         _PACK(
             values.element_size(),
             rows.shape[0],

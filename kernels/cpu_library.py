@@ -67,6 +67,18 @@ def load_library(portable: bool = False) -> ctypes.CDLL:
         ) from error
 
 
+@functools.cache
+def c_entry(name: str) -> "ctypes._NamedFuncPointer":
+    """A function of the library that takes the address of packed arguments and returns an int.
+
+    Raises LibraryUnavailable.
+    """
+    entry = getattr(load_library(), name)
+    entry.argtypes = [ctypes.c_char_p]
+    entry.restype = ctypes.c_int
+    return entry
+
+
 def _find_compiler() -> list[str]:
     wanted = os.environ.get("CXX")
     for name in [wanted] if wanted else _COMPILERS:

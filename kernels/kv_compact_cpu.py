@@ -1,24 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Moves accepted tokens' keys and values between slots of vLLM's `vec` pages (C++, csrc/)."""
 
-import ctypes
-import functools
 import struct
 from collections.abc import Sequence
 
 import torch
 
-from .cpu_library import load_library
+from .cpu_library import c_entry
 
 _PACK = struct.Struct("=8q3Q").pack  # csrc/kv_compact.hpp: CompactArguments
-
-
-@functools.cache
-def _entry() -> "ctypes._NamedFuncPointer":
-    entry = load_library().heterospec_kv_compact
-    entry.argtypes = [ctypes.c_char_p]
-    entry.restype = ctypes.c_int
-    return entry
 
 
 def kv_compact_cpu(
@@ -43,7 +33,7 @@ def kv_compact_cpu(
     assert sources.dtype == targets.dtype == torch.int64
     assert sources.is_contiguous() and targets.is_contiguous() and sources.shape == targets.shape
     layers = torch.tensor([cache.data_ptr() for cache in kv_caches], dtype=torch.int64)
-    failed = _entry()(
+    failed = c_entry("heterospec_kv_compact")(
         _PACK(
             first.element_size(),
             len(kv_caches),

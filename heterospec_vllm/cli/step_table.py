@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -79,7 +80,7 @@ def step_table(
             "top_k": top_k,
         },
     )
-    texts = [texts_of(prompts)[i % len(texts_of(prompts))] for i in range(batch)]
+    texts = list(islice(cycle(texts_of(prompts)), batch))
     _generate(llm, texts, 16)
     bare = _generate(llm, texts, tokens)
     llm.collective_rpc("heterospec_counters", kwargs={"reset": True})
