@@ -27,6 +27,8 @@ from engines import Engine, Load, Run
 from rich.console import Console
 from rich.table import Table
 
+from heterospec_vllm.prompts import texts_of
+
 CHAINS = (1, 2, 3, 5)
 # (nodes, depth, top_k)
 TREES = ((4, 2, 4), (6, 2, 4), (6, 3, 4), (8, 2, 8), (8, 3, 4), (10, 3, 8), (12, 4, 8))
@@ -114,14 +116,13 @@ def _prompts(target: str, files: list[Path]) -> list[list[list[int]]]:
 
     tokenizer = AutoTokenizer.from_pretrained(target)
 
-    def ids(line: str) -> list[int]:
-        row = json.loads(line)
-        message = {"role": "user", "content": row.get("prompt") or row["turns"][0]}
+    def ids(text: str) -> list[int]:
+        message = {"role": "user", "content": text}
         return tokenizer.apply_chat_template(
             [message], add_generation_prompt=True, return_dict=False
         )[: MAX_MODEL_LEN - 256]
 
-    return [[ids(line) for line in f.read_text().splitlines()[:16]] for f in files]
+    return [[ids(text) for text in texts_of(f)[:16]] for f in files]
 
 
 def _interleave(files: list[list[list[int]]], count: int) -> list[list[int]]:

@@ -43,30 +43,46 @@ class HeteroSpecConfig(BaseModel):
         json_schema_extra={"allowed": "the folder or the Hugging Face id of an EAGLE-3 head"},
     )
     policy: PolicyName = Field(
-        default="static",
+        default="marginal",
         description="What decides the tree of each request: `plain` drafts nothing, `chain` one "
-        "path of `max_depth` tokens, `static` the same budget for every request.",
+        "path of `max_depth` tokens, `static` the same tree bounds for every request, `paper` "
+        "HeteroSpec's formulas, `marginal` whatever earns the most tokens a second now.",
     )
     num_speculative_tokens: int = Field(
-        default=6,
+        default=16,
         ge=1,
         le=MAX_NODES,
         description="Most draft nodes verified for one request in one step.",
     )
     max_depth: int = Field(
-        default=2, ge=1, le=16, description="Most draft levels, so the longest path of a tree."
+        default=6,
+        ge=1,
+        le=16,
+        description="Most draft levels, so the longest path of a tree; `paper` goes on for up to "
+        "half as many more where the draft is certain.",
     )
     top_k: int = Field(
-        default=4,
+        default=8,
         ge=1,
         le=16,
         description="Children considered for each expanded node, and nodes expanded in a level.",
     )
     profile: str | None = Field(
         default=None,
-        description="Calibration profile of a (target, head) pair. No policy of this version "
-        "uses one.",
-        json_schema_extra={"allowed": "null"},
+        description="Calibration profile of this (target, head) pair, written by `heterospec "
+        "calibrate`. A relative path is looked up like `model`. Without one a profile that comes "
+        "with the package is used if it fits; otherwise `marginal` learns from its own steps.",
+        json_schema_extra={"allowed": "the path of a profile, or null"},
+    )
+    paper_first_index: Literal[0, 1] = Field(
+        default=0,
+        description="`paper` only: the number of the lowest stratum in its formulas, which the "
+        "paper leaves open.",
+    )
+    meta_path: Literal["A", "B"] = Field(
+        default="A",
+        description="`paper` only: the meta-path ends in the deepest node of highest path "
+        "probability (`A`) or of highest own probability (`B`).",
     )
 
     @property
@@ -114,13 +130,16 @@ class ConfigCarrier(str):
 
     config: HeteroSpecConfig
 
-    def __new__(cls, config: HeteroSpecConfig) -> "ConfigCarrier":
+    metrics_file: str | None  # path of the file that brings metrics from the worker to the server
+
+    def __new__(cls, config: HeteroSpecConfig, metrics_file: str | None = None) -> "ConfigCarrier":
         carrier = super().__new__(cls, METHOD)
         carrier.config = config
+        carrier.metrics_file = metrics_file
         return carrier
 
-    def __getnewargs__(self) -> tuple[HeteroSpecConfig]:  # type: ignore[override]
-        return (self.config,)
+    def __getnewargs__(self) -> tuple[HeteroSpecConfig, str | None]:  # type: ignore[override]
+        return (self.config, self.metrics_file)
 
 
 def from_vllm_config(vllm_config: Any) -> HeteroSpecConfig | None:
@@ -130,6 +149,12 @@ def from_vllm_config(vllm_config: Any) -> HeteroSpecConfig | None:
         return None
     carrier = additional_config.get(METHOD)
     return carrier.config if isinstance(carrier, ConfigCarrier) else None
+
+
+def metrics_file_of(vllm_config: Any) -> Path | None:
+    """Where the worker writes its metrics, or None for an engine without a file."""
+    carrier = vllm_config.additional_config.get(METHOD)
+    return Path(carrier.metrics_file) if carrier is not None and carrier.metrics_file else None
 
 
 @dataclass(frozen=True)
@@ -195,12 +220,9 @@ def parse(source: ConfigSource) -> HeteroSpecConfig:
             options[key] = _local_path(options[key], source.file)
     config = _validated(HeteroSpecConfig, options, "speculative_config", source.file)
     if config.profile is not None:
-        field = "speculative_config.profile"
-        read_json_object(Path(config.profile), field)
-        raise ValueError(
-            f"{field}: found '{config.profile}', "
-            f"allowed: null, for the policy '{config.policy}' uses no profile"
-        )
+        from heterospec_vllm.profile import load_profile
+
+        load_profile(Path(config.profile))
     return config
 
 

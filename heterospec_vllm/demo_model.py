@@ -211,18 +211,21 @@ def write_model(
 def deepen(
     tensors: Mapping[str, torch.Tensor], num_layers: int, depth_factor: int
 ) -> dict[str, torch.Tensor]:
-    """Append layers that compute as much as the originals and change nothing.
+    """Append layers that cost what a real one costs and change nothing.
 
-    Layer `num_layers + i` copies layer `i % num_layers` with its output projections set to zero,
-    so the deeper model's logits are exactly the shallower one's.
+    Each copies the last layer with its output projections set to zero, so the deeper model's
+    logits are exactly the shallower one's. In bf16 that holds where the residual stream is rounded
+    before it is normalised, as transformers does; vLLM normalises the sum of the last real layer
+    unrounded in the shallower model only, so there the two may differ by that rounding.
     """
+    last = f"model.layers.{num_layers - 1}."
+    parts = {
+        name.removeprefix(last): weight for name, weight in tensors.items() if name.startswith(last)
+    }
     deepened = dict(tensors)
     for layer in range(num_layers, num_layers * depth_factor):
-        source = f"model.layers.{layer % num_layers}."
-        for name, weight in tensors.items():
-            if not name.startswith(source):
-                continue
-            part = name.removeprefix(source)
+        for part, weight in parts.items():
+            # Copied, as safetensors refuses tensors that share memory.
             copy = torch.zeros_like(weight) if part in _OUTPUT_PROJECTIONS else weight.clone()
             deepened[f"model.layers.{layer}.{part}"] = copy
     return deepened

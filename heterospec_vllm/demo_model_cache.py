@@ -33,6 +33,7 @@ MANIFEST_FILE = "manifest.json"
 # Raise it when the conversion writes something else, so that kept models are built again.
 MANIFEST_FORMAT = 1
 PARTIAL_PREFIX = ".partial-"
+MAX_DEPTH_FACTOR = 16
 
 
 def default_cache_dir() -> Path:
@@ -66,12 +67,13 @@ def prepare_target(
 ) -> Path:
     """Return the folder of the default model, building it if it is absent or damaged.
 
-    With `depth_factor` N > 1: the same function with N times the layers, see `deepen`.
-    `fetch_gguf` puts the GGUF file into a given folder (default: `download_gguf`). Raises
-    ValueError for a source that is not the expected one and RuntimeError if it cannot be had.
+    With `depth_factor` N > 1: the same function with N times the layers, see `deepen`, in a
+    folder of its own made from the default model's. `fetch_gguf` puts the GGUF file into a given
+    folder (default: `download_gguf`). Raises ValueError for a factor out of range or a source that
+    is not the expected one and RuntimeError if it cannot be had.
     """
-    if depth_factor < 1:
-        raise ValueError(f"depth_factor: found {depth_factor}, allowed: an integer of at least 1")
+    if not 1 <= depth_factor <= MAX_DEPTH_FACTOR:
+        raise ValueError(f"--depth-factor: found {depth_factor}, allowed: 1 to {MAX_DEPTH_FACTOR}")
     cache_dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(cache_dir / ".lock")
     if not _try_lock(lock):

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """HeteroSpecProposer: an EAGLE-3 head that drafts token trees for a whole batch, one forward pass a level.
 
-The first pass feeds the head the true tokens of the step (target features and the token that followed each), so
-its KV pages hold true tokens only. Every further level expands tree nodes whose keys and values live in a scratch
+The first pass feeds the head true tokens (target features and the token that followed each), so its KV pages hold true
+tokens only. Every further level expands the nodes that the policy names; their keys and values live in a scratch
 outside the pages: nothing of a tree ever has to be undone.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -19,29 +22,45 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.spec_decode.eagle import EagleProposer
 
 from heterospec_vllm.attention.cpu import DraftLevelMetadata
-from heterospec_vllm.policy import TreeShape
+from heterospec_vllm.policies import Batch, DraftPolicy, Level
+from heterospec_vllm.policy import Bools, in_beam
+from heterospec_vllm.signals import meta_path_end, top_k_entropy
 from heterospec_vllm.timing import CLOCK
-from heterospec_vllm.tree import NO_ROW, CandidatePool, DraftTrees, Ints
+from heterospec_vllm.tree import NO_ROW, CandidatePool, DraftTrees, Floats, Ints
 
 
 @dataclass(frozen=True)
 class TrueTokens:
-    """The tokens of a step that are now part of their requests' text, request by request, in text order."""
+    """Tokens that are part of their requests' text and that the head has not seen, request by request, in text order."""
 
-    token_rows: torch.Tensor  # [num_tokens] int64, their rows in the target's step
-    num_tokens: Ints  # [num_reqs]
+    token_ids: torch.Tensor  # [num_tokens]
+    positions: torch.Tensor  # [num_tokens] int64, rising by one within a request
+    features: torch.Tensor  # [num_tokens, num_taps * hidden_size], the target's tap states
+    num_tokens: Ints  # [num_reqs], >= 1
     next_token_ids: torch.Tensor  # [num_reqs] int32, the token that follows each request's last one
+    block_table: torch.Tensor  # [num_reqs, max_blocks] int32
+
+
+@dataclass
+class Draft:
+    """What one draft produced: the candidates, the trees cut out of them, and how far it went."""
+
+    pool: CandidatePool
+    trees: DraftTrees
+    num_levels: int = 0  # levels beyond the first
+    num_rows: int = 0  # nodes expanded in them
+    seconds: float = 0.0
 
 
 @dataclass
 class _Frontier:
-    """The nodes of one level that are expanded next; column ``w`` of request ``r`` is head row ``r * width + w``."""
+    """The nodes of one level that are expanded next, and the head's rows that stand for them, request by request."""
 
-    columns: Ints  # [num_reqs, width] their pool columns
-    tokens: torch.Tensor  # [num_reqs, width]
-    scores: torch.Tensor  # [num_reqs, width] cumulative log-probability
-    hidden: torch.Tensor  # [num_reqs * width, hidden_size] the parents' head output
-    tail: torch.Tensor  # [num_reqs, width, level - 1] scratch rows of their ancestors
+    slots: Ints  # [num_reqs, width] their candidate column in the level, NO_ROW padded
+    rows: Ints  # [num_reqs, width] their row in the head's batch, NO_ROW padded
+    num_rows: int
+    hidden: torch.Tensor  # [num_rows, hidden_size] output for their parents
+    tail: torch.Tensor  # [num_rows, level - 1] scratch rows of their ancestors
 
 
 class HeteroSpecProposer(EagleProposer):
@@ -52,9 +71,14 @@ class HeteroSpecProposer(EagleProposer):
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None) -> None:
         super().__init__(vllm_config, device, runner)
         self._scratch: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.first_pass_seconds = 0.0  # of the latest first pass
+        self._first_pass_tokens = 0
+        self._silent = False
 
     def dummy_run(self, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Warm up with two passes instead of one per speculative token."""
+        if self._silent:
+            return
         num_speculative_tokens = self.num_speculative_tokens
         self.num_speculative_tokens = min(2, num_speculative_tokens)
         try:
@@ -62,59 +86,85 @@ class HeteroSpecProposer(EagleProposer):
         finally:
             self.num_speculative_tokens = num_speculative_tokens
 
+    @contextmanager
+    def silent(self) -> Iterator[None]:
+        """Dummy runs of the target leave the head out: they are timed."""
+        self._silent = True
+        try:
+            yield
+        finally:
+            self._silent = False
+
     @torch.inference_mode()
     def propose_trees(
         self,
-        shape: TreeShape,
-        max_nodes: Ints,  # [num_reqs] most nodes of each request, 0 = none
+        policy: DraftPolicy,
+        batch: Batch,  # the requests to draft for
+        drafting: Ints,  # [num_drafting] their places among those of ``true_tokens``
         true_tokens: TrueTokens,
-        target_token_ids: torch.Tensor,  # [num_step_tokens]
-        target_positions: torch.Tensor,  # [num_step_tokens]
-        aux_hidden_states: list[torch.Tensor],  # taps, each [num_step_tokens, hidden_size]
         common_attn_metadata: CommonAttentionMetadata,  # of the target's step
-    ) -> DraftTrees:
-        """Bring the head's KV up to date with the step's true tokens, then draft a tree for every request."""
+    ) -> Draft | None:
+        """Bring the head's KV up to date with the true tokens, then draft a tree for some of the requests."""
         with CLOCK.span("draft: true tokens"):
-            context = self._first_pass(
-                true_tokens,
-                target_token_ids,
-                target_positions,
-                aux_hidden_states,
-                common_attn_metadata,
-            )
-        wanted = np.flatnonzero(max_nodes)
-        if not wanted.size:
-            return DraftTrees.empty(max_nodes.size)
-        if wanted.size < max_nodes.size:
-            context = context.take(torch.from_numpy(wanted))
+            context = self._first_pass(true_tokens, common_attn_metadata)
+        if not drafting.size:
+            return None
+        if drafting.size < context.seq_lens.shape[0]:
+            context = context.take(torch.from_numpy(drafting))
+        start = time.perf_counter() - self.first_pass_seconds
         with CLOCK.span("draft: levels"):
-            pool = self._expand(shape, context)
+            draft = self._expand(policy, batch, context)
         with CLOCK.span("draft: cut the tree"):
-            trees = DraftTrees.from_pool(pool, np.minimum(max_nodes[wanted], shape.num_nodes))
-            if wanted.size == max_nodes.size:
-                return trees
-            place = np.zeros_like(max_nodes)
-            place[wanted] = np.arange(wanted.size)
-            return trees.take(place, np.where(max_nodes > 0, trees.num_nodes[place], 0))
+            order = draft.pool.order(self.num_speculative_tokens)
+            survivals = np.take_along_axis(draft.pool.survivals, order, axis=1)
+            draft.seconds = time.perf_counter() - start
+            num_nodes = policy.propose(batch, survivals, draft.seconds)
+            draft.trees = DraftTrees.from_pool(draft.pool, num_nodes, order)
+        return draft
 
-    def _first_pass(
-        self,
-        true_tokens,
-        target_token_ids,
-        target_positions,
-        aux_hidden_states,
-        common_attn_metadata,
-    ) -> _HeadContext:
-        rows = true_tokens.token_rows
-        features = torch.cat([hidden[rows] for hidden in aux_hidden_states], dim=-1)
-        cad = self._true_token_metadata(true_tokens, common_attn_metadata)
+    def _first_pass(self, tokens: TrueTokens, cad: CommonAttentionMetadata) -> _HeadContext:
+        """Runs over the true tokens in parts that fit the head's buffers; requests are never split."""
+        start = time.perf_counter()
+        self._first_pass_tokens = int(tokens.num_tokens.sum())
+        tokens = self._shortened(tokens, cad)
+        parts = _parts(tokens.num_tokens, self.max_num_tokens)
+        contexts = [self._first_pass_of(_requests(tokens, part), cad) for part in parts]
+        self.first_pass_seconds = time.perf_counter() - start
+        if len(contexts) == 1:
+            return contexts[0]
+        return _HeadContext(
+            *(torch.cat([getattr(c, f.name) for c in contexts]) for f in fields(_HeadContext))
+        )
+
+    def _shortened(self, tokens: TrueTokens, cad: CommonAttentionMetadata) -> TrueTokens:
+        """Runs the head over the starts of requests that are longer than its buffers and returns what is left."""
+        most = self.max_num_tokens
+        for req in np.flatnonzero(tokens.num_tokens > most).tolist():
+            alone = _requests(tokens, slice(req, req + 1))
+            for start in range(0, int(tokens.num_tokens[req]) - most, most):
+                rows = slice(start, start + most)
+                self._first_pass_of(
+                    TrueTokens(
+                        token_ids=alone.token_ids[rows],
+                        positions=alone.positions[rows],
+                        features=alone.features[rows],
+                        num_tokens=np.array([most]),
+                        next_token_ids=alone.token_ids[rows.stop : rows.stop + 1].int(),
+                        block_table=alone.block_table,
+                    ),
+                    cad,
+                )
+            tokens = _without_start(tokens, req, rows.stop)
+        return tokens
+
+    def _first_pass_of(self, tokens: TrueTokens, cad: CommonAttentionMetadata) -> _HeadContext:
         num_tokens, last_rows, cad = self.set_inputs_first_pass(
-            target_token_ids=target_token_ids[rows],
-            next_token_ids=true_tokens.next_token_ids,
-            target_positions=target_positions[rows],
-            target_hidden_states=self.model.combine_hidden_states(features),
+            target_token_ids=tokens.token_ids,
+            next_token_ids=tokens.next_token_ids,
+            target_positions=tokens.positions,
+            target_hidden_states=self.model.combine_hidden_states(tokens.features),
             token_indices_to_sample=None,
-            cad=cad,
+            cad=self._true_token_metadata(tokens, cad),
             num_rejected_tokens_gpu=None,
         )
         _, layer_metadata = self.build_per_group_and_layer_attn_metadata(cad)
@@ -130,28 +180,25 @@ class HeteroSpecProposer(EagleProposer):
         )
 
     def _true_token_metadata(
-        self, true_tokens: TrueTokens, cad: CommonAttentionMetadata
+        self, tokens: TrueTokens, cad: CommonAttentionMetadata
     ) -> CommonAttentionMetadata:
-        """The step's metadata cut to its true tokens, which occupy the FIRST slots of each request's rows."""
-        query_start = cad.query_start_loc_cpu.numpy().astype(np.int64)
-        num_tokens = true_tokens.num_tokens
+        """Causal metadata over the true tokens; a token's slot follows from its position."""
+        num_tokens = tokens.num_tokens
         start = np.zeros(num_tokens.size + 1, dtype=np.int64)
         np.cumsum(num_tokens, out=start[1:])
-        dropped = np.diff(query_start) - num_tokens
-        seq_lens = cad.seq_lens_cpu_upper_bound - torch.from_numpy(dropped).int()
-        slot_rows = np.arange(start[-1]) + np.repeat(query_start[:-1] - start[:-1], num_tokens)
         query_start_loc = torch.from_numpy(start).int()
+        seq_lens = (tokens.positions[torch.from_numpy(start[1:] - 1)] + 1).int()
         return CommonAttentionMetadata(
             query_start_loc=query_start_loc.to(self.device),
             query_start_loc_cpu=query_start_loc,
-            seq_lens=seq_lens.to(self.device),
-            seq_lens_cpu_upper_bound=seq_lens,
+            seq_lens=seq_lens,
+            seq_lens_cpu_upper_bound=seq_lens.cpu(),
             num_reqs=num_tokens.size,
             num_actual_tokens=int(start[-1]),
             max_query_len=int(num_tokens.max()),
             max_seq_len=int(seq_lens.max()),
-            block_table_tensor=cad.block_table_tensor,
-            slot_mapping=cad.slot_mapping[torch.from_numpy(slot_rows)],
+            block_table_tensor=tokens.block_table,
+            slot_mapping=slots_of(tokens, self.block_size),
             causal=True,
         )
 
@@ -172,93 +219,146 @@ class HeteroSpecProposer(EagleProposer):
                 inputs_embeds=None,
             )
 
-    def _expand(self, shape: TreeShape, context: _HeadContext) -> CandidatePool:
-        """Grow the candidate pool level by level; the ``beam`` best nodes of a level are expanded next."""
-        num_reqs = context.seq_lens.shape[0]
-        # vLLM's head buffers hold one scheduler budget of tokens.
-        beam = min(shape.top_k, shape.num_nodes, self.max_num_tokens // num_reqs)
-        tokens, scores = self._top_children(context.normed, shape.top_k)
-        ranks = np.tile(np.arange(shape.top_k), (num_reqs, 1))
-        pool = [CandidatePool(tokens.numpy(), scores.numpy(), np.full_like(ranks, NO_ROW), ranks)]
-        frontier = _Frontier(
-            columns=ranks[:, :beam],
-            tokens=tokens[:, :beam],
-            scores=scores[:, :beam],
-            hidden=context.hidden.repeat_interleave(beam, dim=0),
-            tail=torch.empty((num_reqs, beam, 0), dtype=torch.int64),
+    def _expand(self, policy: DraftPolicy, batch: Batch, context: _HeadContext) -> Draft:
+        """Grow the candidate pool level by level, from the nodes that the policy finds worth it."""
+        num_reqs, top_k = context.seq_lens.shape[0], policy.shape.top_k
+        root = np.zeros((num_reqs, 1))
+        parent = _Parents(
+            columns=np.full((num_reqs, 1), NO_ROW),
+            log_probs=root.astype(np.float32),
+            survivals=root.astype(np.float32) + 1,
+            entropies=root.astype(np.float32),
+            strata=root.astype(np.int64),
         )
-        pool_size = shape.top_k
-        for level in range(1, shape.max_depth):
-            hidden, normed, tail = self._forward_level(level, shape.max_depth, frontier, context)
-            child_tokens, child_scores = self._top_children(normed, shape.top_k)
-            child_scores = (frontier.scores.reshape(-1, 1) + child_scores).view(num_reqs, -1)
-            child_tokens = child_tokens.view(num_reqs, -1)
-            width = frontier.columns.shape[1]
-            pool.append(
-                CandidatePool(
-                    child_tokens.numpy(),
-                    child_scores.numpy(),
-                    np.repeat(frontier.columns, shape.top_k, axis=1),
-                    np.tile(np.arange(shape.top_k), (num_reqs, width)),
-                )
+        rows = np.arange(num_reqs)[:, None]
+        normed, hidden = context.normed, context.hidden
+        tail = torch.empty((num_reqs, 0), dtype=torch.int64)
+        draft = Draft(_NO_POOL, _NO_TREES)
+        pools: list[CandidatePool] = []
+        meta_entropies = np.zeros(num_reqs, dtype=np.float32)
+        scratch = None
+        pool_size, first_row, depth, start = 0, 0, 0, 0.0
+        while True:
+            depth += 1
+            if depth == 1:
+                start = time.perf_counter()
+            tokens, local = self._top_children(normed, top_k)
+            level_pool = _children(policy, batch, depth, parent, rows, tokens, local)
+            pools.append(level_pool)
+            seconds = time.perf_counter() - start
+            if depth == 1:
+                self.first_pass_seconds += seconds
+                policy.observe_first_pass(self._first_pass_tokens, self.first_pass_seconds)
+            else:
+                policy.observe_level(len(normed), seconds)
+                shape = (*rows.shape, top_k)
+                policy.observe_children(
+                    batch, depth - 1, parent.strata, parent.survivals,
+                    level_pool.survivals.reshape(shape),
+                )  # fmt: skip
+            if depth >= policy.max_depth:
+                break
+            start = time.perf_counter()
+            level = _level(policy, depth, level_pool, parent, meta_entropies)
+            chosen = policy.expand(batch, level)
+            frontier = self._frontier(chosen, level_pool, rows, hidden, tail)
+            if not frontier.num_rows:
+                break
+            if scratch is None:
+                most = num_reqs * min(policy.beam, self.max_num_tokens // num_reqs)
+                scratch = self._scratch_for(most * (policy.max_depth - 1))
+            normed, hidden, tail = self._forward_level(
+                depth, first_row, frontier, level_pool, context, scratch
             )
-            if level + 1 < shape.max_depth:
-                best_scores, best = child_scores.topk(beam, dim=1)
-                parent = best // shape.top_k
-                rows = (torch.arange(num_reqs)[:, None] * width + parent).flatten()
-                frontier = _Frontier(
-                    columns=pool_size + best.numpy(),
-                    tokens=child_tokens.gather(1, best),
-                    scores=best_scores,
-                    hidden=hidden[rows],
-                    tail=tail.gather(1, parent[:, :, None].expand(-1, -1, level)),
-                )
-            pool_size += child_tokens.shape[1]
-        return CandidatePool(
-            tokens=np.concatenate([part.tokens for part in pool], axis=1),
-            scores=np.concatenate([part.scores for part in pool], axis=1),
-            parents=np.concatenate([part.parents for part in pool], axis=1),
-            ranks=np.concatenate([part.ranks for part in pool], axis=1),
+            draft.num_levels += 1
+            draft.num_rows += frontier.num_rows
+            first_row += frontier.num_rows
+            parent = _Parents.of(frontier.slots, level_pool, pool_size)
+            rows = frontier.rows
+            pool_size += level_pool.tokens.shape[1]
+        draft.pool = CandidatePool.concatenate(pools) if len(pools) > 1 else pools[0]
+        return draft
+
+    def _frontier(
+        self,
+        chosen: Bools,  # [num_reqs, num_candidates]
+        level_pool: CandidatePool,
+        rows: Ints,  # [num_reqs, width] head rows of the level's parents
+        hidden: torch.Tensor,  # [num_parent_rows, hidden_size]
+        tail: torch.Tensor,  # [num_parent_rows, level - 1]
+    ) -> _Frontier:
+        """The chosen candidates packed to the left, with what the head needs of their parents."""
+        num_reqs, num_candidates = chosen.shape
+        most = self.max_num_tokens // num_reqs
+        counts = chosen.sum(axis=1)
+        if counts.max() > most:
+            # vLLM's head buffers hold one scheduler budget of tokens.
+            chosen = chosen & in_beam(np.where(chosen, level_pool.log_probs, -np.inf), most)
+            counts = chosen.sum(axis=1)
+        width = int(counts.max())
+        slots = np.argsort(~chosen, axis=1, kind="stable")[:, :width]
+        real = np.arange(width) < counts[:, None]
+        num_rows = int(counts.sum())
+        own_rows = np.full(slots.shape, NO_ROW)
+        own_rows[real] = np.arange(num_rows)
+        top_k = num_candidates // rows.shape[1]
+        parent_rows = torch.from_numpy(np.take_along_axis(rows, slots // top_k, axis=1)[real])
+        return _Frontier(
+            slots=np.where(real, slots, NO_ROW),
+            rows=own_rows,
+            num_rows=num_rows,
+            hidden=hidden[parent_rows],
+            tail=tail[parent_rows],
         )
 
     def _top_children(
         self,
         normed: torch.Tensor,  # [num_rows, hidden_size]
         top_k: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The ``top_k`` likeliest next tokens of each row and their log-probabilities, in draft-vocabulary space."""
+    ) -> tuple[Ints, Floats]:
+        """The ``top_k`` likeliest next tokens of each row (target ids) and their log-probabilities."""
         with CLOCK.span("head logits"):
             logits = self.model.logits_processor(self.model.lm_head, normed)
         with CLOCK.span("head top-k"):
             log_probs, draft_ids = logits.float().log_softmax(dim=-1).topk(top_k, dim=-1)
         offsets = self.model.draft_id_to_target_id
-        return (draft_ids if offsets is None else draft_ids + offsets[draft_ids]), log_probs
+        tokens = draft_ids if offsets is None else draft_ids + offsets[draft_ids]
+        return tokens.numpy(), log_probs.numpy()
 
     def _forward_level(
-        self, level: int, max_depth: int, frontier: _Frontier, context: _HeadContext
+        self,
+        level: int,
+        first_row: int,  # of the scratch
+        frontier: _Frontier,
+        level_pool: CandidatePool,
+        context: _HeadContext,
+        scratch: dict[str, tuple[torch.Tensor, torch.Tensor]],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Run the head over a frontier: (output, normed output, scratch rows of each node and its ancestors)."""
-        num_reqs, width = frontier.tokens.shape
-        num_tokens = num_reqs * width
-        first_row = (level - 1) * num_tokens
-        own = torch.arange(first_row, first_row + num_tokens).view(num_reqs, width, 1)
-        tail = torch.cat([frontier.tail, own], dim=2)
+        """Run the head over a frontier: (normed output, output, scratch rows of each node and its ancestors)."""
+        num_tokens = frontier.num_rows
+        real = frontier.slots >= 0
+        reqs, _ = np.nonzero(real)
+        node_tokens = np.take_along_axis(level_pool.tokens, np.maximum(frontier.slots, 0), axis=1)
+        own = torch.arange(first_row, first_row + num_tokens)[:, None]
+        tail = torch.cat([frontier.tail, own], dim=1)
+        start = np.zeros(real.shape[0] + 1, dtype=np.int32)
+        np.cumsum(real.sum(axis=1), out=start[1:])
         # The rotary table ends at the model's length; a draft beyond it is never scheduled.
         positions = (context.positions + level).clamp(max=self.max_model_len - 1)
-        self.input_ids[:num_tokens] = frontier.tokens.flatten()
-        self.positions[:num_tokens] = positions.repeat_interleave(width)
+        self.input_ids[:num_tokens] = torch.from_numpy(node_tokens[real])
+        self.positions[:num_tokens] = positions[torch.from_numpy(reqs)]
         self.hidden_states[:num_tokens] = frontier.hidden
         metadata = DraftLevelMetadata(
-            query_start_loc=torch.arange(0, num_tokens + 1, width, dtype=torch.int32),
+            query_start_loc=torch.from_numpy(start),
             context_lens=context.seq_lens,
             block_table=context.block_table,
-            tail_index=tail.view(num_tokens, level).int(),
+            tail_index=tail.int(),
             scratch_rows=slice(first_row, first_row + num_tokens),
-            scratch=self._scratch_for(num_tokens * (max_depth - 1)),
+            scratch=scratch,
         )
         layer_metadata: dict[str, object] = dict.fromkeys(self._draft_attn_layer_names, metadata)
         normed, hidden = self._run_head(num_tokens, layer_metadata, slots={})
-        return hidden, normed, tail
+        return normed, hidden, tail
 
     def _scratch_for(self, num_rows: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Per head layer a key and a value scratch of at least ``num_rows`` rows; grows, never shrinks."""
@@ -288,3 +388,138 @@ class _HeadContext:
     def take(self, reqs: torch.Tensor) -> _HeadContext:
         """The context of some requests."""
         return _HeadContext(*(getattr(self, f.name)[reqs] for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class _Parents:
+    """The expanded nodes of a level as their children need them; padded slots have survival 0."""
+
+    columns: Ints  # [num_reqs, width] in the pool, NO_ROW for the root
+    log_probs: Floats  # [num_reqs, width]
+    survivals: Floats  # [num_reqs, width]
+    entropies: Floats  # [num_reqs, width]
+    strata: Ints  # [num_reqs, width]
+
+    @classmethod
+    def of(cls, slots: Ints, level_pool: CandidatePool, first_column: int) -> _Parents:
+        at = np.maximum(slots, 0)
+
+        def picked(values):
+            return np.take_along_axis(values, at, axis=1)
+
+        return cls(
+            columns=first_column + at,
+            log_probs=picked(level_pool.log_probs),
+            survivals=np.where(slots >= 0, picked(level_pool.survivals), np.float32(0)),
+            entropies=picked(level_pool.entropies),
+            strata=picked(level_pool.strata),
+        )
+
+
+def _children(
+    policy: DraftPolicy,
+    batch: Batch,
+    depth: int,
+    parent: _Parents,
+    rows: Ints,  # [num_reqs, width] head rows of the parents, NO_ROW padded
+    tokens: Ints,  # [num_rows, top_k]
+    local: Floats,  # [num_rows, top_k]
+) -> CandidatePool:
+    """One level of the pool; the children of padded parents are absent."""
+    num_reqs, width = rows.shape
+    top_k = tokens.shape[1]
+    entropy = parent.entropies + top_k_entropy(local)[rows]
+    log_probs = parent.log_probs[..., None] + local[rows]
+    log_probs[rows < 0] = -np.inf
+    entropies = np.repeat(entropy, top_k, axis=1)
+    strata = np.repeat(policy.strata.of(depth, entropy), top_k, axis=1)
+    log_probs = log_probs.reshape(num_reqs, -1)
+    parents = np.repeat(parent.survivals, top_k, axis=1)
+    return CandidatePool(
+        tokens=tokens[rows].reshape(num_reqs, -1),
+        log_probs=log_probs,
+        survivals=policy.survivals(batch, depth, log_probs, strata, parents),
+        strata=strata,
+        entropies=entropies,
+        parents=np.repeat(parent.columns, top_k, axis=1),
+        ranks=np.broadcast_to(np.tile(np.arange(top_k), width), (num_reqs, width * top_k)),
+    )
+
+
+def _level(
+    policy: DraftPolicy,
+    depth: int,
+    level_pool: CandidatePool,
+    parent: _Parents,
+    meta_entropies: Floats,  # [num_reqs], brought up to date for requests that reached this level
+) -> Level:
+    top_k = level_pool.tokens.shape[1] // parent.columns.shape[1]
+    local = level_pool.log_probs - np.repeat(parent.log_probs, top_k, axis=1)
+    depths = np.full(level_pool.tokens.shape[1], depth)
+    end = meta_path_end(depths, level_pool.log_probs, local, policy.reading)[:, None]
+    reached = np.take_along_axis(level_pool.survivals, end, axis=1)[:, 0] > 0
+    entropy = np.take_along_axis(level_pool.entropies, end, axis=1)[:, 0]
+    meta_entropies[reached] = entropy[reached]
+    return Level(
+        depth=depth,
+        log_probs=level_pool.log_probs,
+        entropies=level_pool.entropies,
+        survivals=level_pool.survivals,
+        strata=level_pool.strata,
+        meta_entropies=meta_entropies,
+    )
+
+
+def slots_of(tokens: TrueTokens, block_size: int) -> torch.Tensor:
+    """[num_tokens] int64 KV slot of each token."""
+    reqs = torch.from_numpy(np.repeat(np.arange(tokens.num_tokens.size), tokens.num_tokens))
+    blocks = tokens.block_table[reqs, tokens.positions // block_size].long()
+    return blocks * block_size + tokens.positions % block_size
+
+
+def _parts(num_tokens: Ints, most: int) -> list[slice]:
+    """Consecutive requests of at most ``most`` tokens together (a single one may have that many)."""
+    parts, start, total = [], 0, 0
+    for req, count in enumerate(num_tokens.tolist()):
+        if total and total + count > most:
+            parts.append(slice(start, req))
+            start, total = req, 0
+        total += count
+    return [*parts, slice(start, num_tokens.size)]
+
+
+def _requests(tokens: TrueTokens, part: slice) -> TrueTokens:
+    if part.start == 0 and part.stop == tokens.num_tokens.size:
+        return tokens
+    ends = np.concatenate([[0], np.cumsum(tokens.num_tokens)])
+    rows = slice(int(ends[part.start]), int(ends[part.stop]))
+    return TrueTokens(
+        token_ids=tokens.token_ids[rows],
+        positions=tokens.positions[rows],
+        features=tokens.features[rows],
+        num_tokens=tokens.num_tokens[part],
+        next_token_ids=tokens.next_token_ids[part],
+        block_table=tokens.block_table[part],
+    )
+
+
+def _without_start(tokens: TrueTokens, req: int, count: int) -> TrueTokens:
+    """The tokens without the first ``count`` of one request."""
+    first = int(tokens.num_tokens[:req].sum())
+    keep = torch.ones(len(tokens.token_ids), dtype=torch.bool)
+    keep[first : first + count] = False
+    num_tokens = tokens.num_tokens.copy()
+    num_tokens[req] -= count
+    return replace(
+        tokens,
+        token_ids=tokens.token_ids[keep],
+        positions=tokens.positions[keep],
+        features=tokens.features[keep],
+        num_tokens=num_tokens,
+    )
+
+
+_NO_TREES = DraftTrees.empty(0)
+_NO_POOL = CandidatePool(
+    *(np.zeros((0, 0)) for _ in fields(CandidatePool))  # type: ignore[arg-type]
+)

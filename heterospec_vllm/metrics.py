@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counters of what the engine drafted, verified and accepted; plain integers, read by RPC."""
+"""Counters of what the engine drafted, verified and accepted, and of where its time went.
+
+Plain numbers, filled by the runner; read by RPC, and by Prometheus through ``metrics_file``.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -12,10 +15,14 @@ import numpy as np
 from heterospec_vllm.tree import DraftTrees, Ints
 from heterospec_vllm.verify import Walk
 
+# What the time of a step is split into: the target's forward pass, the head's passes, deciding the trees, the walk
+# with the sampler, and all else.
+STEP_PARTS = ("target", "draft", "policy", "sample", "rest")
+
 
 @dataclass
 class StepCounters:
-    """Sums since the engine started (or since the last :meth:`reset`)."""
+    """Sums since the engine started or the counters were last reset."""
 
     steps: int = 0  # target steps
     eligible_steps: int = 0  # steps in which some request had been drafted for
@@ -34,6 +41,19 @@ class StepCounters:
     dropped_drafts: int = 0  # scheduled drafts that matched no tree (padding, resumed requests)
     accepted_per_depth: Counter[int] = field(default_factory=Counter)
     fallbacks: Counter[str] = field(default_factory=Counter)  # requests decoded plainly, by reason
+    head_passes: int = 0  # forward passes of the head: the first one of a step and one a level
+    drafted_nodes: int = 0  # candidates the head proposed; the policy verifies some of them
+    nodes_by_stratum: Counter[int] = field(default_factory=Counter)  # verified nodes
+    trees_by_stratum: Counter[int] = field(default_factory=Counter)  # verified trees
+    depth_by_stratum: Counter[int] = field(default_factory=Counter)  # sum of their depths
+    probes: int = 0  # steps that drafted only to measure, while speculation was switched off
+    caught_up_tokens: int = 0  # tokens the head read later than in the step that emitted them
+    seconds: dict[str, float] = field(  # of steps, by part; the parts add up to the step
+        default_factory=lambda: dict.fromkeys(STEP_PARTS, 0.0)
+    )
+    seconds_off: float = 0.0  # of steps with requests in which speculation was switched off
+    budget: int = 0  # gauge: nodes that the last step allowed
+    price_of_time: float = 0.0  # gauge: tokens per second that one second is worth
 
     def record_walk(self, trees: DraftTrees, walked: Walk, num_moves: int) -> None:
         self.eligible_steps += 1
@@ -54,8 +74,8 @@ class StepCounters:
         self.steps_compacted_in_place += num_moves == 0
 
     def as_dict(self) -> dict[str, Any]:
-        return {
-            **asdict(self),
-            "accepted_per_depth": dict(self.accepted_per_depth),
-            "fallbacks": {reason: n for reason, n in self.fallbacks.items() if n},
-        }
+        """A copy that JSON can hold (as JSON its integer keys become text)."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        copied = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items()}
+        copied["fallbacks"] = {reason: n for reason, n in self.fallbacks.items() if n}
+        return copied

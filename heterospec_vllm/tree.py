@@ -8,19 +8,19 @@ Row ``r`` (``r >= 1``) is draft node ``r - 1`` of the flat list that vLLM schedu
 * parents first: ``parents[r] < r``, so every prefix of the rows is itself a connected tree;
 * depths: ``depths[0] == 0`` and ``depths[r] == depths[parents[r]] + 1``;
 * siblings carry distinct tokens, so the walk is deterministic;
-* the meta-path (from the root always to the most likely child) comes first: rows ``1..d``.
+* once laid out, the meta-path (from the root always to the most likely child) comes first: rows ``1..d``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
-Floats = NDArray[np.float32]
+Floats = NDArray[np.floating]
 
 NO_ROW = -1
 
@@ -29,26 +29,51 @@ NO_ROW = -1
 class CandidatePool:
     """Everything the draft head proposed for a batch in one step, before nodes are chosen.
 
-    Columns are in expansion order: a parent's column is lower than its children's.
+    Columns are in expansion order: a parent's column is lower than its children's. A request that was not expanded as
+    far as others has absent candidates: log-probability -inf, survival 0.
     """
 
     tokens: Ints  # [num_reqs, pool_size]
-    scores: Floats  # [num_reqs, pool_size] cumulative log-probability from the root, non-increasing along a path
+    log_probs: Floats  # [num_reqs, pool_size] cumulative from the root, non-increasing along a path
+    survivals: Floats  # [num_reqs, pool_size] what nodes are ranked by, non-increasing along a path
+    strata: Ints  # [num_reqs, pool_size] of the entropy summed along the node's path
+    entropies: Floats  # [num_reqs, pool_size] that entropy, in nats
     parents: Ints  # [num_reqs, pool_size] column of the parent, NO_ROW = child of the root
     ranks: (
         Ints  # [num_reqs, pool_size] place among its siblings by draft probability, 0 = most likely
     )
 
+    def order(self, width: int) -> Ints:
+        """[num_reqs, min(width, pool_size)] the best candidates' columns; parents come before their children.
+
+        The sort is stable and a child never survives its parent, so every prefix is connected.
+        """
+        # NaN (a poisoned head) must sort last, never first.
+        key = -np.nan_to_num(self.survivals, nan=0.0)
+        return np.argsort(key, axis=1, kind="stable")[:, :width]
+
+    @classmethod
+    def concatenate(cls, levels: list[CandidatePool]) -> CandidatePool:
+        """The levels of one draft side by side."""
+        return cls(
+            *(np.concatenate([getattr(p, f.name) for p in levels], axis=1) for f in fields(cls))
+        )
+
 
 @dataclass(frozen=True)
 class DraftTrees:
-    """Draft trees of ``num_reqs`` requests, padded to one width."""
+    """Draft trees of ``num_reqs`` requests, padded to one width; nodes come best first until they are laid out."""
 
     tokens: Ints  # [num_reqs, max_nodes] draft tokens, NO_ROW beyond num_nodes
     parents: Ints  # [num_reqs, max_nodes + 1] parent row, NO_ROW for the root and beyond
     depths: Ints  # [num_reqs, max_nodes + 1] 0 for the root and beyond
     ranks: Ints  # [num_reqs, max_nodes + 1] place among siblings, 0 for the root and beyond
     num_nodes: Ints  # [num_reqs]
+    log_probs: Floats  # [num_reqs, max_nodes] cumulative, 0 beyond num_nodes
+    survivals: (
+        Floats  # [num_reqs, max_nodes] as they were when the tree was drafted, 0 beyond num_nodes
+    )
+    strata: Ints  # [num_reqs, max_nodes] 0 beyond num_nodes
 
     @property
     def num_reqs(self) -> int:
@@ -70,53 +95,42 @@ class DraftTrees:
         return ~(real & (self.parents != rows - 1)).any(axis=1)
 
     @classmethod
-    def empty(cls, num_reqs: int, max_nodes: int = 0) -> DraftTrees:
-        rows = (num_reqs, max_nodes + 1)
-        return cls(
-            tokens=np.full((num_reqs, max_nodes), NO_ROW),
-            parents=np.full(rows, NO_ROW),
-            depths=np.zeros(rows, dtype=np.int64),
-            ranks=np.zeros(rows, dtype=np.int64),
-            num_nodes=np.zeros(num_reqs, dtype=np.int64),
-        )
+    def empty(cls, num_reqs: int) -> DraftTrees:
+        none = np.zeros((num_reqs, 0), dtype=np.int64)
+        return cls.from_parents(none, none, none, np.zeros(num_reqs, dtype=np.int64))
 
     @classmethod
     def from_pool(
         cls,
         pool: CandidatePool,
-        max_nodes: Ints,  # [num_reqs] most nodes of each request's tree
+        num_nodes: Ints,  # [num_reqs] most nodes of each request's tree
+        order: Ints | None = None,  # [num_reqs, width] of pool.order, if it is at hand
     ) -> DraftTrees:
-        """Keep each request's most likely candidates (EAGLE-2 rerank) and flatten them, meta-path first.
-
-        A child never outscores its parent and follows it in the pool, so a stable sort by score keeps every
-        prefix connected.
-        """
+        """Keep each request's best candidates (EAGLE-2 rerank), best first."""
         num_reqs, pool_size = pool.tokens.shape
-        width = min(int(max_nodes.max(initial=0)), pool_size)
+        width = min(int(num_nodes.max(initial=0)), pool_size)
         if width <= 0:
             return cls.empty(num_reqs)
+        order = pool.order(width) if order is None else order[:, :width]
         reqs = np.arange(num_reqs)[:, None]
-        # NaN (a poisoned head) must sort last, never first.
-        order = np.argsort(-np.nan_to_num(pool.scores, nan=-np.inf), axis=1, kind="stable")[
-            :, :width
-        ]
+        num_nodes = np.minimum(num_nodes, (pool.survivals[reqs, order] > 0).sum(axis=1))
         row_of = np.full((num_reqs, pool_size + 1), NO_ROW)
         row_of[:, pool_size] = 0  # parent NO_ROW (= last column) is the root
         row_of[reqs, order] = np.arange(1, width + 1)
-        parents = row_of[reqs, pool.parents[reqs, order]]
-        num_nodes = np.minimum(max_nodes, width)
-        parents[np.arange(width) >= num_nodes[:, None]] = NO_ROW
-        place = _meta_path_first(parents, num_nodes)
-        order = order[reqs, place]
-        parents = parents[reqs, place]
-        # rows moved: translate the parents to the new numbering
-        moved = np.zeros((num_reqs, width + 1), dtype=np.int64)
-        moved[reqs, place + 1] = np.arange(1, width + 1)
-        parents = np.where(parents >= 0, moved[reqs, parents], NO_ROW)
         beyond = np.arange(width) >= num_nodes[:, None]
-        tokens = np.where(beyond, NO_ROW, pool.tokens[reqs, order])
-        ranks = np.where(beyond, 0, pool.ranks[reqs, order])
-        return cls.from_parents(tokens, parents, ranks, num_nodes)
+
+        def picked(values, fill):
+            return np.where(beyond, fill, values[reqs, order])
+
+        return cls.from_parents(
+            picked(pool.tokens, NO_ROW),
+            np.where(beyond, NO_ROW, row_of[reqs, pool.parents[reqs, order]]),
+            picked(pool.ranks, 0),
+            num_nodes,
+            log_probs=picked(pool.log_probs, np.float32(0)),
+            survivals=picked(pool.survivals, np.float32(0)),
+            strata=picked(pool.strata, 0),
+        )
 
     @classmethod
     def from_parents(
@@ -125,6 +139,11 @@ class DraftTrees:
         node_parents: Ints,  # [num_reqs, max_nodes] parent row of each node
         node_ranks: Ints,  # [num_reqs, max_nodes]
         num_nodes: Ints,  # [num_reqs]
+        *,
+        log_probs: Floats
+        | None = None,  # [num_reqs, max_nodes], likewise the others; zeros if not given
+        survivals: Floats | None = None,
+        strata: Ints | None = None,
     ) -> DraftTrees:
         """Add the root row and derive the depths; the node order is taken as it is."""
         num_reqs = tokens.shape[0]
@@ -138,7 +157,17 @@ class DraftTrees:
             above = np.where(
                 above >= 0, np.take_along_axis(parents, np.maximum(above, 0), axis=1), NO_ROW
             )
-        return cls(tokens, parents, depths, ranks, num_nodes)
+        zeros = np.zeros(tokens.shape, dtype=np.float32)
+        return cls(
+            tokens,
+            parents,
+            depths,
+            ranks,
+            num_nodes,
+            zeros if log_probs is None else log_probs,
+            zeros if survivals is None else survivals,
+            np.zeros_like(tokens) if strata is None else strata,
+        )
 
     def take(
         self,
@@ -154,6 +183,35 @@ class DraftTrees:
             depths=np.where(beyond, 0, self.depths[reqs, : width + 1]),
             ranks=np.where(beyond, 0, self.ranks[reqs, : width + 1]),
             num_nodes=num_nodes,
+            log_probs=np.where(beyond[:, 1:], 0, self.log_probs[reqs, :width]),
+            survivals=np.where(beyond[:, 1:], 0, self.survivals[reqs, :width]),
+            strata=np.where(beyond[:, 1:], 0, self.strata[reqs, :width]),
+        )
+
+    def laid_out(self) -> DraftTrees:
+        """The same trees with the meta-path in the rows that follow the root, the rest as it was.
+
+        The likely accepted path then lies where its keys and values have to end up.
+        """
+        width = self.max_nodes
+        if width <= 1:
+            return self
+        place = _meta_path_first(self.parents[:, 1:], self.num_nodes)
+        reqs = np.arange(self.num_reqs)[:, None]
+        # rows moved: translate the parents to the new numbering
+        moved = np.zeros((self.num_reqs, width + 1), dtype=np.int64)
+        moved[reqs, place + 1] = np.arange(1, width + 1)
+        rows = np.concatenate([np.zeros((self.num_reqs, 1), dtype=np.int64), place + 1], axis=1)
+        parents = self.parents[reqs, rows]
+        return DraftTrees(
+            tokens=self.tokens[reqs, place],
+            parents=np.where(parents >= 0, moved[reqs, parents], NO_ROW),
+            depths=self.depths[reqs, rows],
+            ranks=self.ranks[reqs, rows],
+            num_nodes=self.num_nodes,
+            log_probs=self.log_probs[reqs, place],
+            survivals=self.survivals[reqs, place],
+            strata=self.strata[reqs, place],
         )
 
     @classmethod
@@ -161,7 +219,7 @@ class DraftTrees:
         """The requests of several batches one after the other, padded to the widest."""
         width = max(batch.max_nodes for batch in batches)
 
-        def stack(name: str, fill: int, columns: int) -> Ints:
+        def stack(name: str, fill: int, columns: int):
             arrays = [getattr(batch, name) for batch in batches]
             return np.concatenate(
                 [
@@ -176,6 +234,9 @@ class DraftTrees:
             depths=stack("depths", 0, width + 1),
             ranks=stack("ranks", 0, width + 1),
             num_nodes=np.concatenate([batch.num_nodes for batch in batches]),
+            log_probs=stack("log_probs", 0, width),
+            survivals=stack("survivals", 0, width),
+            strata=stack("strata", 0, width),
         )
 
     def path_to_root(self) -> Ints:

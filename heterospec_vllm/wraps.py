@@ -10,6 +10,7 @@ import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from heterospec_vllm import checks, compat, config, head
@@ -135,9 +136,13 @@ def _wrap_create_speculative_config(original: Callable[..., Any]) -> Callable[..
             # Other processes and a second call build the config from the same arguments again.
             self.speculative_config, self.spec_method, self.spec_model, self.spec_tokens = given
         setattr(speculative_config, _MARKER, True)
+        from heterospec_vllm import metrics_file  # not at the top: it imports numpy
+
+        path = metrics_file.new_metrics_file()
+        metrics_file.register_collector(path)
         self.additional_config = {
             **self.additional_config,
-            config.METHOD: config.ConfigCarrier(ours),
+            config.METHOD: config.ConfigCarrier(ours, str(path)),
         }
         # ParallelConfig exists already, so engine_args.worker_cls would come too late.
         target_parallel_config.worker_cls = WORKER
@@ -167,6 +172,19 @@ def _checked_config(
     for reason in reasons:
         if reason:
             raise ValueError(f"heterospec: {reason}")
+    return _with_profile(ours, model_config.model)
+
+
+def _with_profile(ours: config.HeteroSpecConfig, target: str) -> config.HeteroSpecConfig:
+    """The config with a profile that fits the pair. Raises ValueError for one that was made for another pair."""
+    from heterospec_vllm import profile  # not at the top: it imports numpy
+
+    if ours.profile is None:
+        shipped = profile.shipped_profile(target, ours.model)
+        return ours if shipped is None else ours.model_copy(update={"profile": str(shipped)})
+    reason = profile.misfit_reason(profile.load_profile(Path(ours.profile)), target, ours.model)
+    if reason:
+        raise ValueError(f"heterospec: {reason}")
     return ours
 
 

@@ -19,9 +19,10 @@ def demo_model(
     depth_factor: Annotated[
         int,
         typer.Option(
-            min=1,
-            help="Write the same function with N times the layers (the added ones are exact "
-            "identities): a target that costs N times as much against the same head.",
+            metavar="N",
+            help="Instead, the same model with N times the layers (1 to 16), the added ones exact "
+            "identities: the same function and head at the cost of a larger target. "
+            "About 60 + 210 N MB in a folder of its own.",
         ),
     ] = 1,
 ) -> None:

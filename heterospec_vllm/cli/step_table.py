@@ -14,6 +14,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from heterospec_vllm.prompts import texts_of
+
 # (span, indent): vLLM's own share of execute_model and sample_tokens is what the inner spans leave.
 ROWS = (
     ("execute_model", 0),
@@ -61,6 +63,11 @@ def step_table(
 
     Spans cost about a microsecond each; the run without them is timed too and printed beside it.
     """
+    try:
+        known = texts_of(prompts) if prompts else DEFAULT_PROMPTS
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--prompts") from error
+    texts = list(islice(cycle(known), batch))
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB; vLLM would claim most of the memory
     from vllm import LLM
@@ -80,7 +87,6 @@ def step_table(
             "top_k": top_k,
         },
     )
-    texts = list(islice(cycle(texts_of(prompts)), batch))
     _generate(llm, texts, 16)
     bare = _generate(llm, texts, tokens)
     llm.collective_rpc("heterospec_counters", kwargs={"reset": True})
@@ -93,20 +99,6 @@ def step_table(
         print(json.dumps(result))
     else:
         _print(result)
-
-
-def texts_of(prompts: Path | None) -> list[str]:
-    """The prompts of a JSONL file, or ours. Raises ValueError for a line with neither key."""
-    if prompts is None:
-        return list(DEFAULT_PROMPTS)
-    texts = []
-    for number, line in enumerate(prompts.read_text(encoding="utf-8").splitlines(), 1):
-        row = json.loads(line)
-        text = row.get("prompt") or (row.get("turns") or [None])[0]
-        if not text:
-            raise ValueError(f"{prompts}, line {number}: found neither `prompt` nor `turns`")
-        texts.append(text)
-    return texts
 
 
 def _generate(llm: Any, texts: list[str], tokens: int) -> dict[str, float]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from copy import copy
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,34 +25,40 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from heterospec_vllm.attention.cpu import HeteroSpecCPUAttentionMetadataBuilder
-from heterospec_vllm.config import ConfigSource, HeteroSpecConfig, from_vllm_config, parse
+from heterospec_vllm.catch_up import HeadProgress
+from heterospec_vllm.config import (
+    ConfigSource,
+    HeteroSpecConfig,
+    from_vllm_config,
+    metrics_file_of,
+    parse,
+)
+from heterospec_vllm.controller import Controller
+from heterospec_vllm.cost import StepCosts
 from heterospec_vllm.drafter import HeteroSpecProposer, TrueTokens
 from heterospec_vllm.fallback import awaits_min_tokens, fallback_reason, most_nodes
 from heterospec_vllm.kernels.tree_attention_cpu import is_available
 from heterospec_vllm.metrics import StepCounters
-from heterospec_vllm.policy import TreeShape, tree_shape
+from heterospec_vllm.metrics_file import open_metrics_file
+from heterospec_vllm.policies import DraftPolicy, PlainPolicy, make_policy
+from heterospec_vllm.policy import TreeShape
+from heterospec_vllm.profile import load_profile, machine_name
+from heterospec_vllm.runners.measure import measure_costs
 from heterospec_vllm.scorer import TreeScorer
 from heterospec_vllm.timing import CLOCK
+from heterospec_vllm.trace import TracePolicy, TraceRecorder
 from heterospec_vllm.tree import DraftTrees, Ints
 from heterospec_vllm.verify import Walk
 
 logger = init_logger(__name__)
 
 
-@dataclass(frozen=True)
-class _Draft:
-    """A request's place in the batch of trees that was drafted together."""
-
-    trees: DraftTrees
-    req: int
-    tokens: list[int]
-
-
 @dataclass
 class _Step:
     """What the hooks of one step share: trees in batch order and where their rows lie."""
 
-    num_scheduled: dict[str, int]  # verified draft nodes by request
+    verified: dict[str, list[int]]  # draft tokens by request, in the order of their rows
+    num_tokens: int = 0  # scheduled, drafts included
     trees: DraftTrees | None = (
         None  # [num_reqs], in the order of the batch; None where nothing is verified
     )
@@ -68,16 +75,20 @@ class HeteroSpecCPUModelRunner(CPUModelRunner):
         config = from_vllm_config(vllm_config)
         assert config is not None
         self._config: HeteroSpecConfig = config
-        self._shape: TreeShape | None = None
         self.drafter = HeteroSpecProposer(vllm_config, device, self)
         self.scorer = TreeScorer(self.sampler)
-        self.counters = StepCounters()
-        self._drafts: dict[str, _Draft] = {}
+        self.controller = Controller(self.drafter, PlainPolicy(TreeShape(1, 1, 1)))
+        self._profile = None if config.profile is None else load_profile(Path(config.profile))
+        self._costs: StepCosts | None = None
+        # What a policy has learned outlives a switch to another one.
+        self._policies: dict[HeteroSpecConfig, DraftPolicy] = {}
         self._plain_reasons: dict[str, str | None] = {}
         self._node_caps: dict[str, int] = {}
         self._logged_reasons: set[str] = set()
         self._step = _Step({})
         self._kv_caches_of_target: list[torch.Tensor] = []
+        path = metrics_file_of(vllm_config)
+        self._metrics_file = open_metrics_file(path) if path is not None else None
         # vLLM drops min_p and logit_bias as soon as a speculative config exists; the walk samples with vLLM's
         # own sampler row by row, so the full set is right for it.
         self.input_batch.logitsprocs = build_logitsprocs(
@@ -87,30 +98,61 @@ class HeteroSpecCPUModelRunner(CPUModelRunner):
             self.is_pooling_model,
             (),
         )
-        self.set_policy(config.policy)
 
-    def set_policy(self, policy: str, **bounds: int) -> None:
-        """Switch what is drafted from the next step on.
+    @property
+    def counters(self) -> StepCounters:
+        return self.controller.counters
 
-        Requests in flight whose tokens the head has not seen (they were decoded under ``plain``) finish plainly.
-        """
-        options = {**self._config.model_dump(), "policy": policy, **bounds}
-        config = parse(ConfigSource(options, None))
-        limit = self.num_spec_tokens
-        name = config.policy if config.policy == "plain" or is_available() else "chain"
-        shape = tree_shape(
-            name, min(config.num_speculative_tokens, limit), config.max_depth, config.top_k
-        )
-        if self._shape is None and shape is not None:
-            for req_id in self.requests:
-                self._plain_reasons[req_id] = "tokens_unseen_by_head"
-            self.counters.fallbacks["tokens_unseen_by_head"] += len(self.requests)
-        self._shape = shape
+    def start_policy(self) -> None:
+        """The configured policy, once the engine is warm."""
+        self.set_policy(self._config.policy)
+
+    def set_policy(self, policy: str, **options: Any) -> None:
+        """Switch what is drafted from the next step on; the options are those of the config."""
+        given = {**self._config.model_dump(), "policy": policy, **options}
+        config = parse(ConfigSource(given, None))
+        if not is_available() and config.policy not in ("plain", "chain"):
+            config = parse(ConfigSource({**given, "policy": "chain"}, None))
+        if config not in self._policies:
+            costs = self._measured_costs() if config.policy == "marginal" else None
+            self._policies[config] = make_policy(config, self.num_spec_tokens, self._profile, costs)
+        self.controller.policy = self._policies[config]
+
+    def _measured_costs(self) -> StepCosts:
+        """The profile's tables where it was made on this machine, else a measurement of a few seconds, made once."""
+        if self._costs is None:
+            profile = self._profile
+            if profile is not None and profile.machine == machine_name():
+                self._costs = StepCosts.from_dict(profile.costs.model_dump())
+            else:
+                if profile is not None:
+                    logger.info(
+                        "heterospec: the profile was made on '%s', this is '%s': its strata and "
+                        "survivals are used, costs are measured anew.",
+                        profile.machine,
+                        machine_name(),
+                    )
+                self._costs = measure_costs(self, self.drafter)
+        return self._costs
+
+    def record_trace(self, on: bool) -> dict[str, Any] | None:
+        """Start recording drafts (under the trace policy), or stop and return what was recorded."""
+        controller = self.controller
+        if on:
+            config = self._config
+            controller.recorder = TraceRecorder()
+            controller.policy = TracePolicy(
+                TreeShape(self.num_spec_tokens, config.max_depth, config.top_k)
+            )
+            return None
+        recorder, controller.recorder = controller.recorder, None
+        self.start_policy()
+        return None if recorder is None else recorder.arrays()
 
     def read_counters(self, reset: bool) -> dict[str, Any]:
         counters = self.counters.as_dict()
         if reset:
-            self.counters = StepCounters()
+            self.controller.counters = StepCounters()
         return counters
 
     # ---- step: match scheduled drafts with their trees
@@ -124,39 +166,37 @@ class HeteroSpecCPUModelRunner(CPUModelRunner):
 
     def sample_tokens(self, grammar_output):
         with CLOCK.span("sample_tokens"):
-            return super().sample_tokens(grammar_output)
+            output = super().sample_tokens(grammar_output)
+        if self._metrics_file is not None:
+            self._metrics_file.publish(self.counters)
+        return output
 
     def _model_forward(self, *args, **kwargs):
         with CLOCK.span("target forward"):
             return super()._model_forward(*args, **kwargs)
 
     def _match_drafts(self, scheduler_output: SchedulerOutput) -> tuple[_Step, SchedulerOutput]:
-        """Scheduled drafts that are a prefix of their request's tree stay; others (padding) are dropped.
+        """What is verified of the scheduled drafts, written into a copy of the scheduler's output.
 
-        Dropping happens on a copy: in-process the scheduler reads its own object when it counts rejections.
+        In-process the scheduler reads its own object when it counts rejections, so that one is never changed.
         """
-        num_nodes: dict[str, int] = {}
-        dropped: dict[str, int] = {}
-        for req_id, token_ids in scheduler_output.scheduled_spec_decode_tokens.items():
-            draft = self._drafts.get(req_id)
-            count = len(token_ids)
-            if draft is not None and draft.tokens[:count] == token_ids:
-                num_nodes[req_id] = count
-            else:
-                dropped[req_id] = count
-        if dropped:
-            self.counters.dropped_drafts += len(dropped)
-            scheduler_output = _without_drafts(scheduler_output, dropped)
-        return _Step(num_nodes), scheduler_output
+        scheduled = scheduler_output.scheduled_spec_decode_tokens
+        num_tokens = scheduler_output.total_num_scheduled_tokens
+        verified = self.controller.match(
+            scheduled, num_tokens, len(scheduler_output.num_scheduled_tokens)
+        )
+        if scheduled:
+            scheduler_output = _with_drafts(scheduler_output, verified)
+        return _Step(verified, scheduler_output.total_num_scheduled_tokens), scheduler_output
 
     def _may_reorder_batch(self, scheduler_output: SchedulerOutput) -> None:
         """Requests that attend as trees first; chains need no mask and stay with vLLM's own kernel."""
         super()._may_reorder_batch(scheduler_output)
         step = self._step
-        if not step.num_scheduled:
+        if not step.verified:
             return
         batch = self.input_batch
-        trees = self._trees_in_batch_order()
+        trees = self.controller.trees_for(batch.req_ids)
         is_tree = ~trees.is_chain
         step.num_tree_reqs = int(is_tree.sum())
         if not is_tree[: step.num_tree_reqs].all():
@@ -164,29 +204,8 @@ class HeteroSpecCPUModelRunner(CPUModelRunner):
             early = np.nonzero(~is_tree[: step.num_tree_reqs])[0]
             for i, j in zip(early.tolist(), late.tolist(), strict=True):
                 batch.swap_states(i, j)
-            trees = self._trees_in_batch_order()
+            trees = self.controller.trees_for(batch.req_ids)
         step.trees = trees
-
-    def _trees_in_batch_order(self) -> DraftTrees:
-        drafts = [
-            self._drafts[req_id] if req_id in self._step.num_scheduled else None
-            for req_id in self.input_batch.req_ids
-        ]
-        counts = np.array([self._step.num_scheduled.get(r, 0) for r in self.input_batch.req_ids])
-        sources: list[DraftTrees] = []
-        for draft in drafts:
-            if draft is not None and not any(draft.trees is s for s in sources):
-                sources.append(draft.trees)
-        source = sources[0] if len(sources) == 1 else DraftTrees.concatenate(sources)
-        offsets = dict(
-            zip(
-                map(id, sources),
-                np.cumsum([0, *(s.num_reqs for s in sources)]).tolist(),
-                strict=False,
-            )
-        )
-        reqs = np.array([0 if d is None else offsets[id(d.trees)] + d.req for d in drafts])
-        return source.take(reqs, counts)
 
     # ---- step: inputs and attention
 
@@ -262,7 +281,13 @@ class HeteroSpecCPUModelRunner(CPUModelRunner):
             )
         with CLOCK.span("counters"):
             self.counters.record_walk(step.trees, step.walked, moves.num_moves)
+        with CLOCK.span("learn"):
+            self.controller.learn(step.trees, step.walked, self._temperatures())
         return output
+
+    def _temperatures(self) -> Ints:
+        """[num_reqs] 0 for greedy requests, 1 for sampled ones."""
+        return (self.input_batch.temperature_cpu[: self.input_batch.num_reqs] > 0).astype(np.int64)
 
     def _without_discarded_generators(self):
         """Rows of unfinished prefills are sampled and thrown away: their seeds must not be drawn."""
@@ -302,6 +327,8 @@ class HeteroSpecCPUModelRunner(CPUModelRunner):
     def initialize_kv_cache(self, *args, **kwargs) -> None:
         self._kv_caches_of_target = []
         super().initialize_kv_cache(*args, **kwargs)
+        block_size = self.input_batch.block_table[self.drafter.kv_cache_gid].block_size
+        self.controller.progress = HeadProgress(self.kv_cache_config.num_blocks, block_size)
 
     # ---- step: drafting
 
@@ -322,30 +349,21 @@ class HeteroSpecCPUModelRunner(CPUModelRunner):
         slot_mappings,
     ) -> list[list[int]]:
         req_ids = self.input_batch.req_ids
-        for req_id in req_ids:
-            self._drafts.pop(req_id, None)
-        if self._shape is None:
-            return [[] for _ in req_ids]
-        max_nodes = self._max_nodes(sampled_token_ids)
-        true_tokens = self._true_tokens(scheduler_output, sampled_token_ids)
-        trees = self.drafter.propose_trees(
-            self._shape,
-            max_nodes,
-            true_tokens,
-            self.input_ids.gpu,
-            self.positions,
-            aux_hidden_states,
-            common_attn_metadata,
+        limits = self._max_nodes(sampled_token_ids)
+        followed = np.array([self._reason(req_id) is None for req_id in req_ids])
+        tokens = self._true_tokens(
+            scheduler_output, sampled_token_ids, aux_hidden_states, common_attn_metadata
         )
-        self.counters.draft_steps += bool(max_nodes.any())
-        drafts = [
-            tokens[:count]
-            for tokens, count in zip(trees.tokens.tolist(), trees.num_nodes.tolist(), strict=True)
-        ]
-        for i, (req_id, tokens) in enumerate(zip(req_ids, drafts, strict=True)):
-            if tokens:
-                self._drafts[req_id] = _Draft(trees, i, tokens)
-        return drafts
+        with CLOCK.span("draft"):
+            return self.controller.draft(
+                req_ids,
+                tokens,
+                limits,
+                followed,
+                self._temperatures(),
+                self._step.num_tokens,
+                common_attn_metadata,
+            )
 
     def _max_nodes(self, sampled_token_ids: list[list[int]]) -> Ints:
         """[num_reqs] nodes each request may get: none without a new token or for one that decodes plainly."""
@@ -368,18 +386,28 @@ class HeteroSpecCPUModelRunner(CPUModelRunner):
         """Why a request decodes plainly (decided once a request, logged once a reason, counted)."""
         if req_id not in self._plain_reasons:
             request = self.requests[req_id]
-            reason = fallback_reason(request)
-            self._plain_reasons[req_id] = reason
             self._node_caps[req_id] = most_nodes(request)
-            if reason is not None:
-                self.counters.fallbacks[reason] += 1
-                if reason not in self._logged_reasons:
-                    self._logged_reasons.add(reason)
-                    logger.info("Requests with %s decode without speculation.", reason)
+            self._set_reason(req_id, fallback_reason(request))
+        elif self._plain_reasons[req_id] is None and self.controller.progress is not None:
+            lost = self.controller.progress.lost(req_id)
+            if lost is not None:
+                self._set_reason(req_id, lost)
         return self._plain_reasons[req_id]
 
+    def _set_reason(self, req_id: str, reason: str | None) -> None:
+        self._plain_reasons[req_id] = reason
+        if reason is not None:
+            self.counters.fallbacks[reason] += 1
+            if reason not in self._logged_reasons:
+                self._logged_reasons.add(reason)
+                logger.info("Requests with %s decode without speculation.", reason)
+
     def _true_tokens(
-        self, scheduler_output: SchedulerOutput, sampled_token_ids: list[list[int]]
+        self,
+        scheduler_output: SchedulerOutput,
+        sampled_token_ids: list[list[int]],
+        aux_hidden_states: list[torch.Tensor],
+        common_attn_metadata,
     ) -> TrueTokens:
         """All rows of requests that verified nothing, the walked rows of the others."""
         num_reqs = self.input_batch.num_reqs
@@ -390,42 +418,56 @@ class HeteroSpecCPUModelRunner(CPUModelRunner):
             scheduler_output.num_scheduled_tokens,
         )
         starts = self.query_start_loc.np[: num_reqs + 1].astype(np.int64)
-        step = self._step
-        if step.walked is None:
-            rows = np.arange(starts[-1])
-            return TrueTokens(torch.from_numpy(rows), np.diff(starts), next_token_ids)
-        assert step.root_rows is not None
-        walked = step.walked.rows
-        before = step.root_rows - starts[:-1]  # rows before the root: prompt chunks
-        width = int(before.max()) + walked.shape[1]
-        column = np.arange(width)
-        rows = np.where(column < before[:, None], starts[:-1, None] + column, -1)
-        depth = column - before[:, None]
-        on_path = (depth >= 0) & (depth < step.walked.num_emitted[:, None])
-        path = np.take_along_axis(walked, np.clip(depth, 0, walked.shape[1] - 1), axis=1)
-        rows = np.where(on_path, step.root_rows[:, None] + path, rows)
-        num_tokens = before + step.walked.num_emitted
-        return TrueTokens(torch.from_numpy(rows[rows >= 0]), num_tokens, next_token_ids)
+        rows, num_tokens = _true_rows(self._step, starts)
+        index = torch.from_numpy(rows)
+        return TrueTokens(
+            token_ids=self.input_ids.gpu[index],
+            positions=self.positions[index],
+            features=torch.cat([hidden[index] for hidden in aux_hidden_states], dim=-1),
+            num_tokens=num_tokens,
+            next_token_ids=next_token_ids,
+            block_table=common_attn_metadata.block_table_tensor[:num_reqs],
+        )
 
     def _on_request_state_removed(self, req_id: str, req_state) -> None:
         super()._on_request_state_removed(req_id, req_state)
-        self._drafts.pop(req_id, None)
+        self.controller.remove(req_id)
         self._plain_reasons.pop(req_id, None)
         self._node_caps.pop(req_id, None)
 
 
-def _without_drafts(scheduler_output: SchedulerOutput, dropped: dict[str, int]) -> SchedulerOutput:
-    """A copy of the scheduler's output in which some requests verify no drafts."""
+def _true_rows(step: _Step, starts: Ints) -> tuple[Ints, Ints]:
+    """(rows of the step that hold true tokens, request by request, number of them for each request)."""
+    if step.walked is None:
+        return np.arange(starts[-1]), np.diff(starts)
+    assert step.root_rows is not None
+    walked = step.walked.rows
+    before = step.root_rows - starts[:-1]  # rows before the root: prompt chunks
+    width = int(before.max()) + walked.shape[1]
+    column = np.arange(width)
+    rows = np.where(column < before[:, None], starts[:-1, None] + column, -1)
+    depth = column - before[:, None]
+    on_path = (depth >= 0) & (depth < step.walked.num_emitted[:, None])
+    path = np.take_along_axis(walked, np.clip(depth, 0, walked.shape[1] - 1), axis=1)
+    rows = np.where(on_path, step.root_rows[:, None] + path, rows)
+    return rows[rows >= 0], before + step.walked.num_emitted
+
+
+def _with_drafts(
+    scheduler_output: SchedulerOutput, verified: dict[str, list[int]]
+) -> SchedulerOutput:
+    """A copy of the scheduler's output that verifies these drafts instead of its own."""
     num_scheduled = dict(scheduler_output.num_scheduled_tokens)
-    for req_id, count in dropped.items():
-        num_scheduled[req_id] -= count
-    drafts = scheduler_output.scheduled_spec_decode_tokens
+    total = scheduler_output.total_num_scheduled_tokens
+    for req_id, token_ids in scheduler_output.scheduled_spec_decode_tokens.items():
+        dropped = len(token_ids) - len(verified.get(req_id, ()))
+        num_scheduled[req_id] -= dropped
+        total -= dropped
     return replace(
         scheduler_output,
         num_scheduled_tokens=num_scheduled,
-        total_num_scheduled_tokens=scheduler_output.total_num_scheduled_tokens
-        - sum(dropped.values()),
-        scheduled_spec_decode_tokens={r: t for r, t in drafts.items() if r not in dropped},
+        total_num_scheduled_tokens=total,
+        scheduled_spec_decode_tokens=verified,
     )
 
 

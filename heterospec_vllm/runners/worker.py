@@ -35,6 +35,12 @@ class HeteroSpecCPUWorker(cpu_worker.CPUWorker):
         with _our_runner_class():
             super().init_device()
 
+    def compile_or_warm_up_model(self, *args: Any, **kwargs: Any) -> Any:
+        """Costs are measured on the warm engine, so the policy starts last."""
+        result = super().compile_or_warm_up_model(*args, **kwargs)
+        self.model_runner.start_policy()
+        return result
+
     def set_heterospec_policy(self, policy: str, **bounds: int) -> None:
         """Switch the policy (and optionally num_speculative_tokens, max_depth, top_k) between steps."""
         self.model_runner.set_policy(policy, **bounds)
@@ -42,6 +48,10 @@ class HeteroSpecCPUWorker(cpu_worker.CPUWorker):
     def heterospec_counters(self, reset: bool = False) -> dict[str, Any]:
         """What was drafted, verified and accepted so far (``metrics.StepCounters``)."""
         return self.model_runner.read_counters(reset)
+
+    def heterospec_trace(self, on: bool) -> dict[str, Any] | None:
+        """Start recording every draft while nothing is verified; stop it and return what was recorded."""
+        return self.model_runner.record_trace(on)
 
     def heterospec_clock(self, on: bool) -> dict[str, tuple[float, int]]:
         """Switch the step clock; returns the seconds and calls by span since the last switch."""

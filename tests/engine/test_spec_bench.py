@@ -5,7 +5,6 @@ Full suite only. HETEROSPEC_PROMPTS names a JSONL file with `prompt` or `turns` 
 480 are what the project's figures come from); HETEROSPEC_MAX_PROMPTS takes fewer of them.
 """
 
-import json
 import os
 import random
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any
 
 import pytest
 from harness import NEAR_TIE_GAP, Divergence, assert_speculated, divergences, run_engine
+
+from heterospec_vllm.prompts import texts_of
 
 pytestmark = [pytest.mark.engine, pytest.mark.full]
 
@@ -57,10 +58,7 @@ def prompts(models) -> list[list[int]]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(models["target"])
-    texts = []
-    for line in _file().read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        texts.append(row.get("prompt") or row["turns"][0])
+    texts = texts_of(_file())
     texts = texts[: int(os.environ.get("HETEROSPEC_MAX_PROMPTS", len(texts)))]
     token_ids = [
         tokenizer.apply_chat_template(

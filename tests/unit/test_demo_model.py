@@ -55,11 +55,11 @@ def tiny_llama() -> LlamaForCausalLM:
         head_dim=HEAD_DIM,
         vocab_size=len(tokenizer_tokens()),
         rms_norm_eps=1e-5,
-        rope_theta=100000.0,
+        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
         tie_word_embeddings=True,
         initializer_range=0.3,
     )
-    return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +119,9 @@ def printed(console: Console) -> str:
     return console.file.getvalue()
 
 
-def prepare(cache_dir: Path, console: Console, gguf_file: Path, **options: int) -> Path:
+def prepare(cache_dir: Path, console: Console, gguf_file: Path) -> Path:
     return demo_model_cache.prepare_target(
-        cache_dir, console, fetch_gguf=lambda _dir, _console: gguf_file, **options
+        cache_dir, console, fetch_gguf=lambda _dir, _console: gguf_file
     )
 
 
@@ -187,30 +187,6 @@ def test_converted_tokenizer(tmp_path: Path, console: Console, tiny_gguf: Path) 
     assert tokenizer.eos_token == "<|im_end|>"
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "abc"}], tokenize=False)
     assert chat == "abc<|im_end|>"
-
-
-def test_deepened_model_costs_more_and_computes_the_same(
-    tmp_path: Path, console: Console, tiny_gguf: Path
-) -> None:
-    plain = prepare(tmp_path, console, tiny_gguf)
-    deep = prepare(tmp_path, console, tiny_gguf, depth_factor=3)
-    assert deep != plain
-    assert json.loads((deep / "config.json").read_text())["num_hidden_layers"] == 3 * LAYERS
-    assert torch.equal(logits(deep), logits(plain))
-    added = load_file(deep / demo_model.WEIGHTS_FILE)
-    source = load_file(plain / demo_model.WEIGHTS_FILE)
-    last = f"model.layers.{3 * LAYERS - 1}."
-    assert not added[last + "mlp.down_proj.weight"].any()
-    original = source[f"model.layers.{LAYERS - 1}.mlp.up_proj.weight"]
-    assert torch.equal(added[last + "mlp.up_proj.weight"], original)
-
-
-@pytest.mark.parametrize("depth_factor", [0, -1])
-def test_depth_factor_must_be_positive(
-    tmp_path: Path, console: Console, tiny_gguf: Path, depth_factor: int
-) -> None:
-    with pytest.raises(ValueError, match=f"depth_factor: found {depth_factor}"):
-        prepare(tmp_path, console, tiny_gguf, depth_factor=depth_factor)
 
 
 def test_second_run_fetches_and_writes_nothing(

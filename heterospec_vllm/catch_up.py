@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the draft head has seen of each request, and the tap states of what it has not.
+
+While nothing is drafted the head does not run. The tokens that pass it by are kept with their tap states, and one
+batched pass brings the head up to date when drafting resumes. The memory is bounded: requests whose oldest kept tokens
+had to go can never catch up and decode plainly to their end.
+
+The same record answers whether a prefix-cache hit can be used: a block that was filled without the head is marked, and
+a request that starts on such a block decodes plainly.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from heterospec_vllm.drafter import TrueTokens, slots_of
+from heterospec_vllm.policy import Bools
+from heterospec_vllm.tree import Ints
+
+UNSEEN_PREFIX = "prefix_unseen_by_head"
+SKIPPED_TOO_LONG = "skipped_too_long"
+MAX_KEPT_BYTES = 256 * 2**20
+
+
+@dataclass
+class _Kept:
+    """The tokens of one step that passed the head by."""
+
+    first_row: dict[str, tuple[int, int]]  # request -> rows [start, stop)
+    token_ids: torch.Tensor  # [num_tokens]
+    positions: torch.Tensor  # [num_tokens]
+    features: torch.Tensor  # [num_tokens, num_taps * hidden_size]
+
+
+class HeadProgress:
+    """Follows every request's tokens past the head; owns which of them are in its KV."""
+
+    def __init__(self, num_blocks: int, block_size: int, max_bytes: int = MAX_KEPT_BYTES) -> None:
+        self._block_size = block_size
+        self._max_bytes = max_bytes
+        self._seen_blocks = np.ones(num_blocks, dtype=np.bool_)
+        self._kept: deque[_Kept] = deque()
+        self._kept_bytes = 0
+        self._next: dict[str, int] = {}  # position of the next token of each followed request
+        self._pending: dict[str, int] = {}  # kept tokens of each request
+        self._lost: dict[str, str] = {}  # requests that cannot be followed, and why
+
+    def pending(self, req_id: str) -> int:
+        """Tokens that the head has to catch up on before it can draft for a request."""
+        return self._pending.get(req_id, 0)
+
+    def lost(self, req_id: str) -> str | None:
+        """Why the head cannot follow a request any more, or None."""
+        return self._lost.get(req_id)
+
+    def follow(self, req_ids: list[str], tokens: TrueTokens) -> None:
+        """Meet the step's requests: new ones with their prefix, and those that were preempted and start over."""
+        ends = np.cumsum(tokens.num_tokens)
+        first = tokens.positions[torch.from_numpy(ends - tokens.num_tokens)].tolist()
+        for i, (req_id, position) in enumerate(zip(req_ids, first, strict=True)):
+            if self._next.get(req_id) != position and req_id not in self._lost:
+                self._start_over(req_id, position, tokens.block_table[i])
+            self._next[req_id] = position + int(tokens.num_tokens[i])
+
+    def _start_over(self, req_id: str, position: int, blocks: torch.Tensor) -> None:
+        self._pending.pop(req_id, None)
+        for kept in self._kept:
+            kept.first_row.pop(req_id, None)
+        num_blocks = -(-position // self._block_size)
+        prefix = blocks[:num_blocks].numpy()
+        if not self._seen_blocks[prefix].all():
+            self._lost[req_id] = UNSEEN_PREFIX
+
+    def advance(
+        self,
+        req_ids: list[str],
+        tokens: TrueTokens,  # of the step, every request
+        feed: Bools,  # [num_reqs] requests whose tokens go to the head now
+        keep: Bools,  # [num_reqs] others whose tokens are kept for later
+    ) -> TrueTokens | None:
+        """What the head must process for the requests to feed, their kept tokens first; None where there are none."""
+        ends = np.cumsum(tokens.num_tokens)
+        starts = ends - tokens.num_tokens
+        if not feed.all():
+            self._skip(req_ids, tokens, starts, ends, feed, keep)
+        if not feed.any():
+            return None
+        fed = np.flatnonzero(feed)
+        chosen = [req_ids[i] for i in fed]
+        pieces = self._kept_of([r for r in chosen if r in self._pending])
+        if pieces or not feed.all():
+            tokens = _gather(chosen, tokens, fed, starts, ends, pieces)
+        self._mark(tokens, seen=True)
+        return tokens
+
+    def _skip(self, req_ids, tokens: TrueTokens, starts: Ints, ends: Ints, feed, keep) -> None:
+        rows = np.repeat(~feed, tokens.num_tokens)
+        self._mark(tokens, seen=False, rows=torch.from_numpy(rows))
+        kept = keep & ~feed
+        if not kept.any():
+            return
+        rows = np.repeat(kept, tokens.num_tokens)
+        counts = tokens.num_tokens[kept]
+        first = np.cumsum(counts) - counts
+        names = [req_ids[i] for i in np.flatnonzero(kept)]
+        where = {
+            name: (start, start + count)
+            for name, start, count in zip(names, first.tolist(), counts.tolist(), strict=True)
+        }
+        for name, (start, stop) in where.items():
+            self._pending[name] = self._pending.get(name, 0) + stop - start
+        index = torch.from_numpy(rows)
+        record = _Kept(
+            where, tokens.token_ids[index], tokens.positions[index], tokens.features[index]
+        )
+        self._kept.append(record)
+        self._kept_bytes += record.features.nbytes
+        while self._kept_bytes > self._max_bytes:
+            self._forget(self._kept.popleft())
+
+    def _forget(self, record: _Kept) -> None:
+        self._kept_bytes -= record.features.nbytes
+        for req_id in record.first_row:
+            self._lost[req_id] = SKIPPED_TOO_LONG
+            self._pending.pop(req_id, None)
+            for other in self._kept:
+                other.first_row.pop(req_id, None)
+
+    def _kept_of(
+        self, req_ids: list[str]
+    ) -> dict[str, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
+        """Takes the kept tokens of some requests out of the record."""
+        pieces: dict[str, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = {}
+        if not req_ids:
+            return pieces
+        for record in self._kept:
+            for req_id in req_ids:
+                span = record.first_row.pop(req_id, None)
+                if span is not None:
+                    rows = slice(*span)
+                    piece = record.token_ids[rows], record.positions[rows], record.features[rows]
+                    pieces.setdefault(req_id, []).append(piece)
+        for req_id in req_ids:
+            self._pending.pop(req_id, None)
+        self._drop_empty()
+        return pieces
+
+    def _drop_empty(self) -> None:
+        self._kept = deque(record for record in self._kept if record.first_row)
+        self._kept_bytes = sum(record.features.nbytes for record in self._kept)
+
+    def _mark(self, tokens: TrueTokens, *, seen: bool, rows: torch.Tensor | None = None) -> None:
+        blocks = slots_of(tokens, self._block_size) // self._block_size
+        self._seen_blocks[(blocks if rows is None else blocks[rows]).numpy()] = seen
+
+    def remove(self, req_id: str) -> None:
+        """A request has left the engine."""
+        self._next.pop(req_id, None)
+        self._lost.pop(req_id, None)
+        if self._pending.pop(req_id, None) is not None:
+            for record in self._kept:
+                record.first_row.pop(req_id, None)
+            if not self._pending:
+                self._kept.clear()
+                self._kept_bytes = 0
+
+
+def _gather(
+    req_ids: list[str],
+    tokens: TrueTokens,
+    fed: Ints,  # [num_fed] places in the step
+    starts: Ints,
+    ends: Ints,
+    pieces: dict[str, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]],
+) -> TrueTokens:
+    """The tokens of some requests of the step, each after its kept pieces."""
+    parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    counts = []
+    for req_id, place in zip(req_ids, fed.tolist(), strict=True):
+        rows = slice(int(starts[place]), int(ends[place]))
+        own = tokens.token_ids[rows], tokens.positions[rows], tokens.features[rows]
+        mine = [*pieces.get(req_id, ()), own]
+        parts += mine
+        counts.append(sum(len(part[0]) for part in mine))
+    token_ids, positions, features = (torch.cat(column) for column in zip(*parts, strict=True))
+    index = torch.from_numpy(fed)
+    return TrueTokens(
+        token_ids=token_ids,
+        positions=positions,
+        features=features,
+        num_tokens=np.array(counts),
+        next_token_ids=tokens.next_token_ids[index],
+        block_table=tokens.block_table[index],
+    )

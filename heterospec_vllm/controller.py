@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What lives between two steps, for any model runner: drafts by request, the head's progress, the policy, learning.
+
+A runner calls, in the order of a step: :meth:`Controller.match` (which scheduled drafts are verified),
+:meth:`trees_for` (in the order of the batch), :meth:`learn` (after the walk) and :meth:`draft` (the next trees).
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from heterospec_vllm.catch_up import HeadProgress
+from heterospec_vllm.drafter import Draft, HeteroSpecProposer, TrueTokens
+from heterospec_vllm.metrics import StepCounters
+from heterospec_vllm.policies import Batch, DraftPolicy, MarginalPolicy
+from heterospec_vllm.survival import NodeFeatures
+from heterospec_vllm.timing import CLOCK
+from heterospec_vllm.trace import TraceRecorder
+from heterospec_vllm.tree import DraftTrees, Ints
+from heterospec_vllm.verify import Walk
+
+# A longer pause between two steps means that the engine was idle.
+IDLE_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A request's place in the batch of trees that was drafted together."""
+
+    trees: DraftTrees
+    req: int
+    tokens: list[int]
+
+
+@dataclass
+class _Clock:
+    """When the parts of the current step began, on the host's clock."""
+
+    step: float = 0.0
+    forward: float = 0.0
+    end: float = 0.0  # of the step before
+
+
+class Controller:
+    """Owns what was drafted and decides, with the policy, what is verified and what is drafted next."""
+
+    def __init__(self, proposer: HeteroSpecProposer, policy: DraftPolicy) -> None:
+        self.proposer = proposer
+        self.policy = policy
+        self.counters = StepCounters()
+        self.progress: HeadProgress | None = None
+        self.recorder: TraceRecorder | None = None
+        self._places: dict[str, _Place] = {}
+        self._verified = DraftTrees.empty(0)
+        self._index: dict[str, int] = {}
+        self._clock = _Clock()
+        self._context = 0.0
+
+    # ---- which scheduled drafts are verified
+
+    def match(
+        self, scheduled: dict[str, list[int]], num_tokens: int, num_reqs: int
+    ) -> dict[str, list[int]]:
+        """The nodes verified for each request, in the order of their rows.
+
+        scheduled: the drafts in vLLM's step, a prefix of what was handed over; what matches no tree (padding, resumed
+        requests) is dropped. num_tokens: tokens of the step, drafts included.
+        """
+        now = time.perf_counter()
+        self._clock.step = self._clock.forward = now
+        self._index = {}
+        matched: list[tuple[str, _Place, int]] = []
+        for req_id, token_ids in scheduled.items():
+            place = self._places.get(req_id)
+            if place is not None and place.tokens[: len(token_ids)] == token_ids:
+                matched.append((req_id, place, len(token_ids)))
+            else:
+                self.counters.dropped_drafts += 1
+        if not matched:
+            return {}
+        trees = _gathered(matched)
+        others = num_tokens - sum(map(len, scheduled.values()))
+        keep = self.policy.keep(trees.survivals, trees.num_nodes, others, num_reqs, self._context)
+        self.counters.budget = int(keep.sum())
+        trees = trees.take(np.arange(trees.num_reqs), keep).laid_out()
+        self._verified = trees
+        verified = {}
+        for row, ((req_id, _, _), count) in enumerate(zip(matched, keep.tolist(), strict=True)):
+            if count:
+                self._index[req_id] = row
+                verified[req_id] = trees.tokens[row, :count].tolist()
+        self._clock.forward = time.perf_counter()
+        self.counters.seconds["policy"] += self._clock.forward - now
+        return verified
+
+    def trees_for(self, req_ids: list[str]) -> DraftTrees:
+        """The verified trees in the order of the batch, empty where a request has none."""
+        rows = np.array([self._index.get(req_id, -1) for req_id in req_ids])
+        counts = np.where(rows >= 0, self._verified.num_nodes[rows], 0)
+        return self._verified.take(np.maximum(rows, 0), counts)
+
+    # ---- what the step taught
+
+    def learn(self, trees: DraftTrees | None, walked: Walk | None, temperatures: Ints) -> None:
+        """After the walk: verified nodes and whether each was reached. temperatures: [num_reqs] 0 greedy, 1 sampled."""
+        if trees is None or walked is None or not self.policy.learns:
+            return
+        real = np.arange(trees.max_nodes) < trees.num_nodes[:, None]
+        accepted = np.zeros((trees.num_reqs, trees.max_nodes + 1), dtype=np.float32)
+        np.put_along_axis(accepted, np.maximum(walked.rows, 0), 1.0, axis=1)
+        reqs, nodes = np.nonzero(real)
+        self.policy.observe_nodes(
+            NodeFeatures(
+                log_probs=trees.log_probs[reqs, nodes],
+                depths=trees.depths[reqs, nodes + 1],
+                strata=trees.strata[reqs, nodes],
+                temperatures=temperatures[reqs],
+            ),
+            accepted[reqs, nodes + 1],
+        )
+
+    def _observe_step(self, num_tokens: int, num_reqs: int) -> None:
+        """The target's step with all that happens between two drafts: seconds since the last one ended."""
+        clock, now = self._clock, time.perf_counter()
+        gap = clock.step - clock.end
+        seconds = now - clock.step + (gap if 0 <= gap < IDLE_SECONDS else 0.0)
+        self.policy.observe_step(num_tokens, num_reqs, self._context, seconds)
+        self.counters.seconds["target"] += now - clock.forward
+        self.counters.seconds["rest"] += gap if 0 <= gap < IDLE_SECONDS else 0.0
+
+    # ---- the next drafts
+
+    def draft(
+        self,
+        req_ids: list[str],
+        tokens: TrueTokens,  # of the step, every request
+        limits: Ints,  # [num_reqs] most nodes of each request, 0 for one without a new token
+        followed: Ints,  # [num_reqs] 1 where the head has to know the request, 0 where it decodes plainly for good
+        temperatures: Ints,  # [num_reqs]
+        num_step_tokens: int,
+        common_attn_metadata,
+    ) -> list[list[int]]:
+        """Node tokens of each request's next tree, best first; [] where nothing is drafted."""
+        assert self.progress is not None
+        self._observe_step(num_step_tokens, len(req_ids))
+        for req_id in req_ids:
+            self._places.pop(req_id, None)
+        start = time.perf_counter()
+        self.progress.follow(req_ids, tokens)
+        lost = np.array([self.progress.lost(req_id) is not None for req_id in req_ids])
+        follow = (followed > 0) & ~lost
+        limits = np.where(follow, limits, 0)
+        self._context = float(tokens.positions.max()) if len(req_ids) == 1 else _context_of(tokens)
+        num_decoding = int((limits > 0).sum()) or len(req_ids)
+        scope = self.policy.scope(num_decoding, self._context)
+        feed = self._feed(scope, req_ids, follow, limits)
+        fed = self.progress.advance(req_ids, tokens, feed, follow)
+        if scope != "all":
+            self.counters.seconds_off += start - self._clock.step
+            self.counters.probes += scope == "probe"
+        drafts: list[list[int]] = [[] for _ in req_ids]
+        if fed is not None:
+            self._propose(req_ids, fed, feed, limits, temperatures, common_attn_metadata, drafts)
+        self._clock.end = time.perf_counter()
+        self.counters.seconds["draft"] += self._clock.end - start
+        return drafts
+
+    def _feed(self, scope, req_ids: list[str], follow, limits: Ints):
+        """[num_reqs] whose tokens the head processes now."""
+        if scope == "all":
+            return follow
+        feed = np.zeros(len(req_ids), dtype=np.bool_)
+        assert self.progress is not None
+        if scope == "probe" and isinstance(self.policy, MarginalPolicy):
+            behind = np.array([self.progress.pending(req_id) for req_id in req_ids])
+            behind = np.where(limits > 0, behind, np.iinfo(np.int64).max)
+            nearest = np.argsort(behind, kind="stable")[: self.policy.probe_requests]
+            feed[nearest] = limits[nearest] > 0
+        return feed
+
+    def _propose(
+        self, req_ids, fed: TrueTokens, feed, limits: Ints, temperatures: Ints, metadata, drafts
+    ) -> None:
+        places = np.flatnonzero(feed)
+        drafting = np.flatnonzero(limits[places] > 0)
+        chosen = places[drafting]
+        batch = Batch(
+            num_reqs=max(1, int((limits > 0).sum())),
+            context=self._context,
+            temperatures=temperatures[chosen],
+            limits=limits[chosen],
+        )
+        draft = self.proposer.propose_trees(self.policy, batch, drafting, fed, metadata)
+        self.counters.head_passes += 1
+        self.counters.caught_up_tokens += int(fed.num_tokens.sum())
+        if draft is None:
+            return
+        self.counters.draft_steps += 1
+        self._count(draft)
+        names = [req_ids[i] for i in chosen]
+        if self.recorder is not None:
+            self.recorder.record(names, draft.pool, fed, drafting)
+        tokens = draft.trees.tokens.tolist()
+        counts = draft.trees.num_nodes.tolist()
+        for i, (name, place) in enumerate(zip(names, chosen.tolist(), strict=True)):
+            if counts[i]:
+                drafts[place] = tokens[i][: counts[i]]
+                self._places[name] = _Place(draft.trees, i, drafts[place])
+
+    def _count(self, draft: Draft) -> None:
+        self.counters.drafted_nodes += int((draft.pool.survivals > 0).sum())
+        if isinstance(self.policy, MarginalPolicy) and self.policy.choice is not None:
+            self.counters.price_of_time = self.policy.choice.rate
+
+    def remove(self, req_id: str) -> None:
+        """A request has left the engine."""
+        self._places.pop(req_id, None)
+        if self.progress is not None:
+            self.progress.remove(req_id)
+
+
+def _context_of(tokens: TrueTokens) -> float:
+    ends = np.cumsum(tokens.num_tokens) - 1
+    return float(tokens.positions.numpy()[ends].sum())
+
+
+def _gathered(matched: list[tuple[str, _Place, int]]) -> DraftTrees:
+    """The trees of requests that may have been drafted in different steps, each cut to what was scheduled."""
+    sources: list[DraftTrees] = []
+    for _, place, _ in matched:
+        if not any(place.trees is source for source in sources):
+            sources.append(place.trees)
+    counts = np.array([count for _, _, count in matched])
+    if len(sources) == 1:
+        return sources[0].take(np.array([place.req for _, place, _ in matched]), counts)
+    first = np.cumsum([0, *(source.num_reqs for source in sources)]).tolist()
+    offset = dict(zip(map(id, sources), first, strict=False))
+    reqs = np.array([offset[id(place.trees)] + place.req for _, place, _ in matched])
+    with CLOCK.span("gather trees"):
+        return DraftTrees.concatenate(sources).take(reqs, counts)

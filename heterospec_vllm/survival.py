@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Survival: the probability that a draft node lies on the path that the target accepts.
+
+S(v | path probability, depth, stratum, temperature) is read from tables and learned from every verified node: whether
+the walk reached it. Cells that have seen little lean on coarser ones (all strata of a depth, then all depths), those on
+the profile, and without a profile on the path probability, lowered. Nothing here looks at tokens or at target logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from heterospec_vllm.strata import NUM_STRATA
+from heterospec_vllm.tree import Floats, Ints
+
+# Knots over the log path probability; between two of them S is interpolated.
+KNOTS = -np.array([9.0, 7.0, 5.5, 4.3, 3.4, 2.7, 2.1, 1.6, 1.2, 0.85, 0.55, 0.3, 0.12, 0.03, 0.0])
+MAX_DEPTH = 8  # deeper nodes share the last table
+NUM_TEMPERATURES = 2  # 0: greedy, 1: sampled
+SHAPE = (NUM_TEMPERATURES, MAX_DEPTH, NUM_STRATA, KNOTS.size)
+
+
+@dataclass(frozen=True)
+class NodeFeatures:
+    """What survival may depend on, for any number of nodes; all arrays have one shape."""
+
+    log_probs: Floats  # cumulative from the root
+    depths: Ints  # >= 1
+    strata: Ints
+    temperatures: Ints  # 0 greedy, 1 sampled
+
+    def __getitem__(self, index: Any) -> NodeFeatures:
+        return NodeFeatures(
+            self.log_probs[index], self.depths[index], self.strata[index], self.temperatures[index]
+        )
+
+
+@dataclass
+class SurvivalTables:
+    """Counts behind the estimate and the estimate itself.
+
+    ``prior_weight``: how many observations a coarser level is worth to a finer one. ``memory``: observations a cell
+    remembers; beyond it the oldest fade.
+    """
+
+    prior: Floats = field(default_factory=lambda: default_prior())
+    prior_weight: float = 12.0
+    profile_weight: float = 60.0
+    memory: float = 3000.0
+    refresh_every: int = 256  # observations between two refreshes of the estimate
+
+    def __post_init__(self) -> None:
+        assert self.prior.shape == SHAPE
+        self._hits = np.zeros(SHAPE)
+        self._trials = np.zeros(SHAPE)
+        self._pending = 0
+        self.estimate = self.prior.copy()
+
+    def predict(self, nodes: NodeFeatures) -> Floats:
+        """Survival of each node on its own; use :func:`along_paths` to keep paths non-increasing."""
+        low, weight = _place(nodes.log_probs)
+        depth = np.minimum(nodes.depths, MAX_DEPTH) - 1
+        table = self.estimate[nodes.temperatures, depth, nodes.strata]
+        below = np.take_along_axis(table, low[..., None], axis=-1)[..., 0]
+        above = np.take_along_axis(table, low[..., None] + 1, axis=-1)[..., 0]
+        return (below + weight * (above - below)).astype(np.float32)
+
+    def observe(self, nodes: NodeFeatures, accepted: Floats) -> None:
+        """Verified nodes (flat arrays) and whether each was accepted (0 or 1)."""
+        if not accepted.size:
+            return
+        low, weight = _place(nodes.log_probs)
+        depth = np.minimum(nodes.depths, MAX_DEPTH) - 1
+        for knot, share in ((low, 1.0 - weight), (low + 1, weight)):
+            cell = (nodes.temperatures, depth, nodes.strata, knot)
+            np.add.at(self._trials, cell, share)
+            np.add.at(self._hits, cell, share * accepted)
+        self._pending += accepted.size
+        if self._pending >= self.refresh_every:
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Bring the estimate up to date with the counts."""
+        self._pending = 0
+        fade = np.minimum(1.0, self.memory / np.maximum(self._trials, 1.0))
+        self._trials *= fade
+        self._hits *= fade
+        self.estimate = self._shrunk()
+
+    def _shrunk(self) -> Floats:
+        hits, trials = self._hits, self._trials
+        # How far off the prior is at each path probability, over all strata and depths, moves cells that have seen
+        # nothing; then depths, then strata speak for themselves.
+        expected = trials * self.prior
+        level = self.prior
+        for axes, weight in (((1, 2), self.profile_weight), ((2,), self.prior_weight * 2)):
+            seen = trials.sum(axis=axes, keepdims=True)
+            hit = hits.sum(axis=axes, keepdims=True)
+            want = expected.sum(axis=axes, keepdims=True)
+            # Odds are kept within bounds by shifting the logit, not by scaling the probability.
+            rate = (hit + weight * 0.5) / (seen + weight)
+            base = (want + weight * 0.5) / (seen + weight)
+            level = _sigmoid(_logit(level) + _logit(rate) - _logit(base))
+            expected = trials * level
+        cells = (hits + self.prior_weight * level) / (trials + self.prior_weight)
+        return monotone(cells)
+
+    def log_loss(self, nodes: NodeFeatures, accepted: Floats) -> float:
+        """Mean negative log-likelihood of outcomes, in nats."""
+        return log_loss(self.predict(nodes), accepted)
+
+
+def default_prior() -> Floats:
+    """Without a profile: the path probability, lowered by a tenth a level, as heads tend to be overconfident."""
+    depth = np.arange(1, MAX_DEPTH + 1)[None, :, None, None]
+    table = np.exp(KNOTS)[None, None, None, :] * 0.9**depth
+    return np.broadcast_to(np.clip(table, 1e-4, 0.97), SHAPE).copy()
+
+
+def monotone(table: Floats) -> Floats:
+    """Rising along the path probability (last axis): the mean of the nearest bounds from above and below."""
+    upper = np.maximum.accumulate(table, axis=-1)
+    lower = np.minimum.accumulate(table[..., ::-1], axis=-1)[..., ::-1]
+    return np.clip(0.5 * (upper + lower), 1e-4, 0.995)
+
+
+def along_paths(
+    survivals: Floats,  # [num_reqs, num_nodes] of the children
+    parent_survivals: Floats,  # [num_reqs, num_nodes] of their parents, 1 for the root
+) -> Floats:
+    """[num_reqs, num_nodes] no child survives more often than its parent."""
+    return np.minimum(survivals, parent_survivals)
+
+
+def log_loss(probability: Floats, accepted: Floats) -> float:
+    p = np.clip(probability.astype(np.float64), 1e-6, 1 - 1e-6)
+    return float(-(accepted * np.log(p) + (1 - accepted) * np.log1p(-p)).mean())
+
+
+def _place(log_probs: Floats) -> tuple[Ints, Floats]:
+    """The knot below each value and how far it is on the way to the next, 0 to 1."""
+    x = np.clip(np.nan_to_num(log_probs, nan=KNOTS[0], neginf=KNOTS[0]), KNOTS[0], KNOTS[-1])
+    low = np.clip(np.searchsorted(KNOTS, x, side="right") - 1, 0, KNOTS.size - 2)
+    return low, (x - KNOTS[low]) / (KNOTS[low + 1] - KNOTS[low])
+
+
+def _logit(p: Floats) -> Floats:
+    p = np.clip(p, 1e-4, 1 - 1e-4)
+    return np.log(p) - np.log1p(-p)
+
+
+def _sigmoid(x: Floats) -> Floats:
+    return 1.0 / (1.0 + np.exp(-x))
