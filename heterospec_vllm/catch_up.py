@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from heterospec_vllm.drafter import TrueTokens, slots_of
 from heterospec_vllm.policy import Bools
 from heterospec_vllm.tree import Ints
+from heterospec_vllm.true_tokens import TrueTokens, slots_of
 
 UNSEEN_PREFIX = "prefix_unseen_by_head"
 SKIPPED_TOO_LONG = "skipped_too_long"

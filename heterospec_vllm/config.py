@@ -267,7 +267,7 @@ def allowed_values(model: type[BaseModel], key: str) -> str:
         if get_origin(member) is Annotated:
             kind, bounds = get_args(member)[0], get_args(member)[1].metadata
     if get_origin(kind) is Literal:
-        return ", ".join(f"'{value}'" for value in get_args(kind))
+        return ", ".join(repr(value) for value in get_args(kind))
     assert kind is int, f"{key} has no words for what it allows"
     low = next(bound.ge for bound in bounds if hasattr(bound, "ge"))
     high = next(bound.le for bound in bounds if hasattr(bound, "le"))

@@ -13,13 +13,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from heterospec_vllm.catch_up import HeadProgress
-from heterospec_vllm.drafter import Draft, HeteroSpecProposer, TrueTokens
+from heterospec_vllm.drafter import Draft, HeteroSpecProposer
+from heterospec_vllm.marginal import MarginalPolicy
 from heterospec_vllm.metrics import StepCounters
-from heterospec_vllm.policies import Batch, DraftPolicy, MarginalPolicy
+from heterospec_vllm.policies import Batch, DraftPolicy
+from heterospec_vllm.steps import StepRecorder
 from heterospec_vllm.survival import NodeFeatures
 from heterospec_vllm.timing import CLOCK
 from heterospec_vllm.trace import TraceRecorder
 from heterospec_vllm.tree import DraftTrees, Ints
+from heterospec_vllm.true_tokens import TrueTokens
 from heterospec_vllm.verify import Walk
 
 # A longer pause between two steps means that the engine was idle.
@@ -53,6 +56,7 @@ class Controller:
         self.counters = StepCounters()
         self.progress: HeadProgress | None = None
         self.recorder: TraceRecorder | None = None
+        self.step_recorder: StepRecorder | None = None
         self._places: dict[str, _Place] = {}
         self._verified = DraftTrees.empty(0)
         self._index: dict[str, int] = {}
@@ -106,7 +110,11 @@ class Controller:
 
     def learn(self, trees: DraftTrees | None, walked: Walk | None, temperatures: Ints) -> None:
         """After the walk: verified nodes and whether each was reached. temperatures: [num_reqs] 0 greedy, 1 sampled."""
-        if trees is None or walked is None or not self.policy.learns:
+        if trees is None or walked is None:
+            return
+        if self.step_recorder is not None:
+            self.step_recorder.walked(trees, walked)
+        if not self.policy.learns:
             return
         real = np.arange(trees.max_nodes) < trees.num_nodes[:, None]
         accepted = np.zeros((trees.num_reqs, trees.max_nodes + 1), dtype=np.float32)
@@ -158,6 +166,9 @@ class Controller:
         scope = self.policy.scope(num_decoding, self._context)
         feed = self._feed(scope, req_ids, follow, limits)
         fed = self.progress.advance(req_ids, tokens, feed, follow)
+        if fed is not None:
+            own = int(tokens.num_tokens[feed].sum())
+            self.counters.caught_up_tokens += int(fed.num_tokens.sum()) - own
         if scope != "all":
             self.counters.seconds_off += start - self._clock.step
             self.counters.probes += scope == "probe"
@@ -174,7 +185,7 @@ class Controller:
             return follow
         feed = np.zeros(len(req_ids), dtype=np.bool_)
         assert self.progress is not None
-        if scope == "probe" and isinstance(self.policy, MarginalPolicy):
+        if scope == "probe":
             behind = np.array([self.progress.pending(req_id) for req_id in req_ids])
             behind = np.where(limits > 0, behind, np.iinfo(np.int64).max)
             nearest = np.argsort(behind, kind="stable")[: self.policy.probe_requests]
@@ -194,8 +205,7 @@ class Controller:
             limits=limits[chosen],
         )
         draft = self.proposer.propose_trees(self.policy, batch, drafting, fed, metadata)
-        self.counters.head_passes += 1
-        self.counters.caught_up_tokens += int(fed.num_tokens.sum())
+        self.counters.head_passes += 1 if draft is None else 1 + draft.num_levels
         if draft is None:
             return
         self.counters.draft_steps += 1
@@ -203,6 +213,10 @@ class Controller:
         names = [req_ids[i] for i in chosen]
         if self.recorder is not None:
             self.recorder.record(names, draft.pool, fed, drafting)
+        if self.step_recorder is not None:
+            root = int(fed.next_token_ids[drafting[0]])
+            prices = self.policy.prices(batch)
+            self.step_recorder.drafted(root, draft.pool, *prices, draft.seconds)
         tokens = draft.trees.tokens.tolist()
         counts = draft.trees.num_nodes.tolist()
         for i, (name, place) in enumerate(zip(names, chosen.tolist(), strict=True)):

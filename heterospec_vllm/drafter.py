@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -22,23 +22,18 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.spec_decode.eagle import EagleProposer
 
 from heterospec_vllm.attention.cpu import DraftLevelMetadata
-from heterospec_vllm.policies import Batch, DraftPolicy, Level
+from heterospec_vllm.growth import Parents, children_of, level_of
+from heterospec_vllm.policies import Batch, DraftPolicy
 from heterospec_vllm.policy import Bools, in_beam
-from heterospec_vllm.signals import meta_path_end, top_k_entropy
 from heterospec_vllm.timing import CLOCK
 from heterospec_vllm.tree import NO_ROW, CandidatePool, DraftTrees, Floats, Ints
-
-
-@dataclass(frozen=True)
-class TrueTokens:
-    """Tokens that are part of their requests' text and that the head has not seen, request by request, in text order."""
-
-    token_ids: torch.Tensor  # [num_tokens]
-    positions: torch.Tensor  # [num_tokens] int64, rising by one within a request
-    features: torch.Tensor  # [num_tokens, num_taps * hidden_size], the target's tap states
-    num_tokens: Ints  # [num_reqs], >= 1
-    next_token_ids: torch.Tensor  # [num_reqs] int32, the token that follows each request's last one
-    block_table: torch.Tensor  # [num_reqs, max_blocks] int32
+from heterospec_vllm.true_tokens import (
+    TrueTokens,
+    parts_of,
+    requests_of,
+    slots_of,
+    without_start,
+)
 
 
 @dataclass
@@ -127,8 +122,8 @@ class HeteroSpecProposer(EagleProposer):
         start = time.perf_counter()
         self._first_pass_tokens = int(tokens.num_tokens.sum())
         tokens = self._shortened(tokens, cad)
-        parts = _parts(tokens.num_tokens, self.max_num_tokens)
-        contexts = [self._first_pass_of(_requests(tokens, part), cad) for part in parts]
+        parts = parts_of(tokens.num_tokens, self.max_num_tokens)
+        contexts = [self._first_pass_of(requests_of(tokens, part), cad) for part in parts]
         self.first_pass_seconds = time.perf_counter() - start
         if len(contexts) == 1:
             return contexts[0]
@@ -140,7 +135,7 @@ class HeteroSpecProposer(EagleProposer):
         """Runs the head over the starts of requests that are longer than its buffers and returns what is left."""
         most = self.max_num_tokens
         for req in np.flatnonzero(tokens.num_tokens > most).tolist():
-            alone = _requests(tokens, slice(req, req + 1))
+            alone = requests_of(tokens, slice(req, req + 1))
             for start in range(0, int(tokens.num_tokens[req]) - most, most):
                 rows = slice(start, start + most)
                 self._first_pass_of(
@@ -154,7 +149,7 @@ class HeteroSpecProposer(EagleProposer):
                     ),
                     cad,
                 )
-            tokens = _without_start(tokens, req, rows.stop)
+            tokens = without_start(tokens, req, rows.stop)
         return tokens
 
     def _first_pass_of(self, tokens: TrueTokens, cad: CommonAttentionMetadata) -> _HeadContext:
@@ -203,7 +198,10 @@ class HeteroSpecProposer(EagleProposer):
         )
 
     def _run_head(
-        self, num_tokens: int, layer_metadata: dict[str, object], slots: dict[str, torch.Tensor]
+        self,
+        num_tokens: int,
+        layer_metadata: dict[str, object] | None,  # None: a dummy pass without attention
+        slots: dict[str, torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One head pass over the input buffers: (normed output for the logits, output fed to the next level)."""
         with (
@@ -222,18 +220,13 @@ class HeteroSpecProposer(EagleProposer):
     def _expand(self, policy: DraftPolicy, batch: Batch, context: _HeadContext) -> Draft:
         """Grow the candidate pool level by level, from the nodes that the policy finds worth it."""
         num_reqs, top_k = context.seq_lens.shape[0], policy.shape.top_k
-        root = np.zeros((num_reqs, 1))
-        parent = _Parents(
-            columns=np.full((num_reqs, 1), NO_ROW),
-            log_probs=root.astype(np.float32),
-            survivals=root.astype(np.float32) + 1,
-            entropies=root.astype(np.float32),
-            strata=root.astype(np.int64),
-        )
+        parent = Parents.roots(num_reqs)
         rows = np.arange(num_reqs)[:, None]
         normed, hidden = context.normed, context.hidden
         tail = torch.empty((num_reqs, 0), dtype=torch.int64)
         draft = Draft(_NO_POOL, _NO_TREES)
+        # vLLM's head buffers hold one scheduler budget of tokens.
+        most = min(policy.beam, self.max_num_tokens // num_reqs)
         pools: list[CandidatePool] = []
         meta_entropies = np.zeros(num_reqs, dtype=np.float32)
         scratch = None
@@ -243,7 +236,7 @@ class HeteroSpecProposer(EagleProposer):
             if depth == 1:
                 start = time.perf_counter()
             tokens, local = self._top_children(normed, top_k)
-            level_pool = _children(policy, batch, depth, parent, rows, tokens, local)
+            level_pool = children_of(policy, batch, depth, parent, rows, tokens, local)
             pools.append(level_pool)
             seconds = time.perf_counter() - start
             if depth == 1:
@@ -259,21 +252,20 @@ class HeteroSpecProposer(EagleProposer):
             if depth >= policy.max_depth:
                 break
             start = time.perf_counter()
-            level = _level(policy, depth, level_pool, parent, meta_entropies)
+            level = level_of(policy, depth, level_pool, parent, meta_entropies)
             chosen = policy.expand(batch, level)
-            frontier = self._frontier(chosen, level_pool, rows, hidden, tail)
+            frontier = self._frontier(chosen, level_pool, rows, hidden, tail, most)
             if not frontier.num_rows:
                 break
             if scratch is None:
-                most = num_reqs * min(policy.beam, self.max_num_tokens // num_reqs)
-                scratch = self._scratch_for(most * (policy.max_depth - 1))
+                scratch = self._scratch_for(num_reqs * most * (policy.max_depth - 1))
             normed, hidden, tail = self._forward_level(
                 depth, first_row, frontier, level_pool, context, scratch
             )
             draft.num_levels += 1
             draft.num_rows += frontier.num_rows
             first_row += frontier.num_rows
-            parent = _Parents.of(frontier.slots, level_pool, pool_size)
+            parent = Parents.of(frontier.slots, level_pool, pool_size)
             rows = frontier.rows
             pool_size += level_pool.tokens.shape[1]
         draft.pool = CandidatePool.concatenate(pools) if len(pools) > 1 else pools[0]
@@ -286,13 +278,12 @@ class HeteroSpecProposer(EagleProposer):
         rows: Ints,  # [num_reqs, width] head rows of the level's parents
         hidden: torch.Tensor,  # [num_parent_rows, hidden_size]
         tail: torch.Tensor,  # [num_parent_rows, level - 1]
+        most: int,  # nodes of a request
     ) -> _Frontier:
         """The chosen candidates packed to the left, with what the head needs of their parents."""
-        num_reqs, num_candidates = chosen.shape
-        most = self.max_num_tokens // num_reqs
+        num_candidates = chosen.shape[1]
         counts = chosen.sum(axis=1)
         if counts.max() > most:
-            # vLLM's head buffers hold one scheduler budget of tokens.
             chosen = chosen & in_beam(np.where(chosen, level_pool.log_probs, -np.inf), most)
             counts = chosen.sum(axis=1)
         width = int(counts.max())
@@ -388,135 +379,6 @@ class _HeadContext:
     def take(self, reqs: torch.Tensor) -> _HeadContext:
         """The context of some requests."""
         return _HeadContext(*(getattr(self, f.name)[reqs] for f in fields(self)))
-
-
-@dataclass(frozen=True)
-class _Parents:
-    """The expanded nodes of a level as their children need them; padded slots have survival 0."""
-
-    columns: Ints  # [num_reqs, width] in the pool, NO_ROW for the root
-    log_probs: Floats  # [num_reqs, width]
-    survivals: Floats  # [num_reqs, width]
-    entropies: Floats  # [num_reqs, width]
-    strata: Ints  # [num_reqs, width]
-
-    @classmethod
-    def of(cls, slots: Ints, level_pool: CandidatePool, first_column: int) -> _Parents:
-        at = np.maximum(slots, 0)
-
-        def picked(values):
-            return np.take_along_axis(values, at, axis=1)
-
-        return cls(
-            columns=first_column + at,
-            log_probs=picked(level_pool.log_probs),
-            survivals=np.where(slots >= 0, picked(level_pool.survivals), np.float32(0)),
-            entropies=picked(level_pool.entropies),
-            strata=picked(level_pool.strata),
-        )
-
-
-def _children(
-    policy: DraftPolicy,
-    batch: Batch,
-    depth: int,
-    parent: _Parents,
-    rows: Ints,  # [num_reqs, width] head rows of the parents, NO_ROW padded
-    tokens: Ints,  # [num_rows, top_k]
-    local: Floats,  # [num_rows, top_k]
-) -> CandidatePool:
-    """One level of the pool; the children of padded parents are absent."""
-    num_reqs, width = rows.shape
-    top_k = tokens.shape[1]
-    entropy = parent.entropies + top_k_entropy(local)[rows]
-    log_probs = parent.log_probs[..., None] + local[rows]
-    log_probs[rows < 0] = -np.inf
-    entropies = np.repeat(entropy, top_k, axis=1)
-    strata = np.repeat(policy.strata.of(depth, entropy), top_k, axis=1)
-    log_probs = log_probs.reshape(num_reqs, -1)
-    parents = np.repeat(parent.survivals, top_k, axis=1)
-    return CandidatePool(
-        tokens=tokens[rows].reshape(num_reqs, -1),
-        log_probs=log_probs,
-        survivals=policy.survivals(batch, depth, log_probs, strata, parents),
-        strata=strata,
-        entropies=entropies,
-        parents=np.repeat(parent.columns, top_k, axis=1),
-        ranks=np.broadcast_to(np.tile(np.arange(top_k), width), (num_reqs, width * top_k)),
-    )
-
-
-def _level(
-    policy: DraftPolicy,
-    depth: int,
-    level_pool: CandidatePool,
-    parent: _Parents,
-    meta_entropies: Floats,  # [num_reqs], brought up to date for requests that reached this level
-) -> Level:
-    top_k = level_pool.tokens.shape[1] // parent.columns.shape[1]
-    local = level_pool.log_probs - np.repeat(parent.log_probs, top_k, axis=1)
-    depths = np.full(level_pool.tokens.shape[1], depth)
-    end = meta_path_end(depths, level_pool.log_probs, local, policy.reading)[:, None]
-    reached = np.take_along_axis(level_pool.survivals, end, axis=1)[:, 0] > 0
-    entropy = np.take_along_axis(level_pool.entropies, end, axis=1)[:, 0]
-    meta_entropies[reached] = entropy[reached]
-    return Level(
-        depth=depth,
-        log_probs=level_pool.log_probs,
-        entropies=level_pool.entropies,
-        survivals=level_pool.survivals,
-        strata=level_pool.strata,
-        meta_entropies=meta_entropies,
-    )
-
-
-def slots_of(tokens: TrueTokens, block_size: int) -> torch.Tensor:
-    """[num_tokens] int64 KV slot of each token."""
-    reqs = torch.from_numpy(np.repeat(np.arange(tokens.num_tokens.size), tokens.num_tokens))
-    blocks = tokens.block_table[reqs, tokens.positions // block_size].long()
-    return blocks * block_size + tokens.positions % block_size
-
-
-def _parts(num_tokens: Ints, most: int) -> list[slice]:
-    """Consecutive requests of at most ``most`` tokens together (a single one may have that many)."""
-    parts, start, total = [], 0, 0
-    for req, count in enumerate(num_tokens.tolist()):
-        if total and total + count > most:
-            parts.append(slice(start, req))
-            start, total = req, 0
-        total += count
-    return [*parts, slice(start, num_tokens.size)]
-
-
-def _requests(tokens: TrueTokens, part: slice) -> TrueTokens:
-    if part.start == 0 and part.stop == tokens.num_tokens.size:
-        return tokens
-    ends = np.concatenate([[0], np.cumsum(tokens.num_tokens)])
-    rows = slice(int(ends[part.start]), int(ends[part.stop]))
-    return TrueTokens(
-        token_ids=tokens.token_ids[rows],
-        positions=tokens.positions[rows],
-        features=tokens.features[rows],
-        num_tokens=tokens.num_tokens[part],
-        next_token_ids=tokens.next_token_ids[part],
-        block_table=tokens.block_table[part],
-    )
-
-
-def _without_start(tokens: TrueTokens, req: int, count: int) -> TrueTokens:
-    """The tokens without the first ``count`` of one request."""
-    first = int(tokens.num_tokens[:req].sum())
-    keep = torch.ones(len(tokens.token_ids), dtype=torch.bool)
-    keep[first : first + count] = False
-    num_tokens = tokens.num_tokens.copy()
-    num_tokens[req] -= count
-    return replace(
-        tokens,
-        token_ids=tokens.token_ids[keep],
-        positions=tokens.positions[keep],
-        features=tokens.features[keep],
-        num_tokens=num_tokens,
-    )
 
 
 _NO_TREES = DraftTrees.empty(0)

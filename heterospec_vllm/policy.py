@@ -104,7 +104,7 @@ def nodes_worth_expanding(
     spare = np.maximum(survivals, 0.0)[..., None] * continuation - price * node_seconds
     gain = np.maximum(spare, 0.0).sum(axis=-1) - price * row_seconds
     gain = np.where(survivals > 0, gain, -1.0)
-    chosen = (gain > 0) & in_beam(np.where(gain > 0, survivals, -np.inf), beam)
+    chosen = in_beam(np.where(gain > 0, gain, -np.inf), beam)
     if gain[chosen].sum() <= price * level_seconds:
         return np.zeros_like(chosen)
     return chosen
@@ -154,13 +154,14 @@ def paper_action(
     """``d' = d + (alpha - i)`` and ``Top_N = gamma_i * N + (alpha - i)`` in the lowest three strata.
 
     ``alpha`` is ``ceil(depth / 2)`` unless given. ``first_index`` chooses the reading of ``i``: strata are numbered
-    from 0 in the text and gammas from 1. The paper's N counts the root, ``num_nodes`` does not.
+    from 0 in the text and gammas from 1. The paper's N counts the root, ``num_nodes`` does not; ``gamma_i * N`` is
+    rounded to the nearest.
     """
     alpha = math.ceil(depth / 2) if alpha is None else alpha
     acts = strata < len(PAPER_GAMMAS)
     extra = np.where(acts, np.maximum(alpha - (strata + first_index), 0), 0)
     gamma = np.asarray(PAPER_GAMMAS)[np.minimum(strata, len(PAPER_GAMMAS) - 1)]
-    total = np.where(acts, np.floor(gamma * (num_nodes + 1) + 1e-9) + extra, num_nodes + 1)
+    total = np.where(acts, np.floor(gamma * (num_nodes + 1) + 0.5 + 1e-9) + extra, num_nodes + 1)
     return PaperAction(depth + extra, np.maximum(total.astype(np.int64) - 1, 1))
 
 

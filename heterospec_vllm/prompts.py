@@ -47,3 +47,35 @@ def _first_text(row: Any) -> str | None:
         if isinstance(text, str) and text:
             return text
     return None
+
+
+# Calibration's default: short requests of many kinds, ours.
+BUILT_IN = (
+    "Explain why the sky is blue to a child.",
+    "Write a Python function that returns the n-th Fibonacci number.",
+    "A train travels 60 miles in 1.5 hours. What is its average speed?",
+    "Summarise the plot of Romeo and Juliet in five sentences.",
+    "Give three tips for staying healthy during the winter.",
+    "What is the difference between a virus and a bacterium?",
+    "Write a polite e-mail that asks a landlord to repair a leaking tap.",
+    "Tom has 12 apples. He gives a third of them to Ann and eats two. How many are left?",
+    "List the planets of the solar system in order of their distance from the sun.",
+    "Write a short story about a lighthouse keeper who finds a message in a bottle.",
+    "How do I reverse a linked list? Show the code and explain each step.",
+    "Name five capitals in Africa and one fact about each.",
+    "You are a ship's captain in 1750. Describe your day.",
+    "What are the advantages and disadvantages of working from home?",
+    "Write a SQL query that counts the orders of each customer in the last month.",
+    "A shirt costs 40 dollars and is reduced by 15 percent. What is the new price?",
+    "Translate into plain English: the party of the first part shall indemnify the other party.",
+    "Who wrote Pride and Prejudice, and what is it about?",
+    "Summarize: The town council met on Monday to discuss the new bridge. Members heard from "
+    "engineers, who said that the old bridge could carry traffic for two more years at most. "
+    "Shop owners on the river asked for the work to begin after the summer. The council decided "
+    "to open bids in September and to start building in the spring.",
+    "Write a haiku about the sea and explain its images.",
+    "Explain recursion with an example in Python.",
+    "If a rectangle is 8 cm long and 5 cm wide, what are its area and its perimeter?",
+    "Give me a recipe for a simple vegetable soup.",
+    "What should I consider when buying a used car?",
+)

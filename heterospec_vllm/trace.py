@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from heterospec_vllm.policies import Batch, DraftPolicy, Level
-from heterospec_vllm.policy import Bools
+from heterospec_vllm.policies import Batch, DraftPolicy, Scope
+from heterospec_vllm.policy import TreeShape
 from heterospec_vllm.tree import CandidatePool, Floats, Ints
 
 
@@ -36,8 +36,35 @@ class TracePolicy(DraftPolicy):
     def beam(self) -> int:
         return self.shape.top_k
 
-    def expand(self, batch: Batch, level: Level) -> Bools:
-        return super().expand(batch, level)
+
+class CostRecorder(DraftPolicy):
+    """A fixed tree that notes what everything costs, for the cost tables of a profile."""
+
+    def __init__(self, shape: TreeShape) -> None:
+        super().__init__(shape)
+        self.steps: list[tuple[int, int, float, float]] = []  # tokens, requests, context, seconds
+        self.first_passes: list[tuple[int, float]] = []  # tokens, seconds
+        self.levels: list[tuple[int, float]] = []  # nodes expanded, seconds
+
+    def observe_step(self, num_tokens: int, num_reqs: int, context: float, seconds: float) -> None:
+        self.steps.append((num_tokens, num_reqs, context, seconds))
+
+    def observe_first_pass(self, num_tokens: int, seconds: float) -> None:
+        self.first_passes.append((num_tokens, seconds))
+
+    def observe_level(self, num_rows: int, seconds: float) -> None:
+        self.levels.append((num_rows, seconds))
+
+    def samples(self) -> dict[str, list]:
+        """What was noted, for the RPC."""
+        return {"steps": self.steps, "first_passes": self.first_passes, "levels": self.levels}
+
+
+class PlainCostRecorder(CostRecorder):
+    """The same without drafting."""
+
+    def scope(self, num_reqs: int, context: float) -> Scope:
+        return "none"
 
 
 @dataclass

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from heterospec_vllm.prompts import texts_of
+from heterospec_vllm.prompts import BUILT_IN, texts_of
 
 # (span, indent): vLLM's own share of execute_model and sample_tokens is what the inner spans leave.
 ROWS = (
@@ -35,18 +35,13 @@ ROWS = (
     ("draft: cut the tree", 1),
 )
 
-DEFAULT_PROMPTS = (
-    "Explain why the sky is blue to a child.",
-    "Write a Python function that returns the n-th Fibonacci number.",
-    "A train travels 60 miles in 1.5 hours. What is its average speed?",
-    "Summarise the plot of Romeo and Juliet in five sentences.",
-)
-
 
 def step_table(
     target: Annotated[str, typer.Option(help="Target model: folder or hub id.")],
     head: Annotated[str, typer.Option(help="EAGLE-3 head: folder or hub id.")],
-    policy: Annotated[str, typer.Option(help="plain, chain or static.")] = "static",
+    policy: Annotated[
+        str, typer.Option(help="plain, chain, static, paper or marginal.")
+    ] = "static",
     nodes: Annotated[int, typer.Option(help="num_speculative_tokens, 1..63.")] = 6,
     depth: Annotated[int, typer.Option(help="max_depth, 1..16.")] = 2,
     top_k: Annotated[int, typer.Option(help="top_k, 1..16.")] = 4,
@@ -55,7 +50,7 @@ def step_table(
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     max_model_len: Annotated[int, typer.Option(help="Engine's max_model_len.")] = 2048,
     prompts: Annotated[
-        Path | None, typer.Option(help="JSONL with `prompt` or `turns`; default: four of our own.")
+        Path | None, typer.Option(help="JSONL with `prompt` or `turns`; default: our own.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
@@ -64,7 +59,7 @@ def step_table(
     Spans cost about a microsecond each; the run without them is timed too and printed beside it.
     """
     try:
-        known = texts_of(prompts) if prompts else DEFAULT_PROMPTS
+        known = texts_of(prompts) if prompts else BUILT_IN
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--prompts") from error
     texts = list(islice(cycle(known), batch))

@@ -62,5 +62,5 @@ def _target(runner: Any, proposer: HeteroSpecProposer, num_tokens: int) -> None:
 
 
 def _head(proposer: HeteroSpecProposer, num_rows: int) -> None:
-    normed, _ = proposer._run_head(num_rows, {}, {})
+    normed, _ = proposer._run_head(num_rows, None, {})
     proposer._top_children(normed, 8)

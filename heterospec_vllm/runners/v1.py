@@ -8,8 +8,7 @@ forward -> ``_sample`` walks and compacts -> ``propose_draft_token_ids`` drafts 
 
 from __future__ import annotations
 
-from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,36 +34,29 @@ from heterospec_vllm.config import (
 )
 from heterospec_vllm.controller import Controller
 from heterospec_vllm.cost import StepCosts
-from heterospec_vllm.drafter import HeteroSpecProposer, TrueTokens
+from heterospec_vllm.drafter import HeteroSpecProposer
 from heterospec_vllm.fallback import awaits_min_tokens, fallback_reason, most_nodes
 from heterospec_vllm.kernels.tree_attention_cpu import is_available
+from heterospec_vllm.marginal import make_policy
 from heterospec_vllm.metrics import StepCounters
 from heterospec_vllm.metrics_file import open_metrics_file
-from heterospec_vllm.policies import DraftPolicy, PlainPolicy, make_policy
+from heterospec_vllm.policies import DraftPolicy, PlainPolicy
 from heterospec_vllm.policy import TreeShape
 from heterospec_vllm.profile import load_profile, machine_name
 from heterospec_vllm.runners.measure import measure_costs
+from heterospec_vllm.runners.step import Step, true_rows, with_drafts, without_speculation
 from heterospec_vllm.scorer import TreeScorer
 from heterospec_vllm.timing import CLOCK
-from heterospec_vllm.trace import TracePolicy, TraceRecorder
-from heterospec_vllm.tree import DraftTrees, Ints
-from heterospec_vllm.verify import Walk
+from heterospec_vllm.trace import (
+    CostRecorder,
+    PlainCostRecorder,
+    TracePolicy,
+    TraceRecorder,
+)
+from heterospec_vllm.tree import Ints
+from heterospec_vllm.true_tokens import TrueTokens
 
 logger = init_logger(__name__)
-
-
-@dataclass
-class _Step:
-    """What the hooks of one step share: trees in batch order and where their rows lie."""
-
-    verified: dict[str, list[int]]  # draft tokens by request, in the order of their rows
-    num_tokens: int = 0  # scheduled, drafts included
-    trees: DraftTrees | None = (
-        None  # [num_reqs], in the order of the batch; None where nothing is verified
-    )
-    num_tree_reqs: int = 0  # leading requests that attend as trees
-    root_rows: Ints | None = None  # [num_reqs] token row of each root
-    walked: Walk | None = None
 
 
 class HeteroSpecCPUModelRunner(CPUModelRunner):
@@ -85,14 +77,14 @@ class HeteroSpecCPUModelRunner(CPUModelRunner):
         self._plain_reasons: dict[str, str | None] = {}
         self._node_caps: dict[str, int] = {}
         self._logged_reasons: set[str] = set()
-        self._step = _Step({})
+        self._step = Step({})
         self._kv_caches_of_target: list[torch.Tensor] = []
         path = metrics_file_of(vllm_config)
         self._metrics_file = open_metrics_file(path) if path is not None else None
         # vLLM drops min_p and logit_bias as soon as a speculative config exists; the walk samples with vLLM's
         # own sampler row by row, so the full set is right for it.
         self.input_batch.logitsprocs = build_logitsprocs(
-            _without_speculation(vllm_config),
+            without_speculation(vllm_config),
             device,
             PIN_MEMORY,
             self.is_pooling_model,
@@ -149,6 +141,17 @@ class HeteroSpecCPUModelRunner(CPUModelRunner):
         self.start_policy()
         return None if recorder is None else recorder.arrays()
 
+    def record_costs(self, num_nodes: int, max_depth: int = 1, top_k: int = 1) -> None:
+        """Draft trees of fixed bounds (0 nodes: none) and note what everything costs."""
+        shape = TreeShape(max(1, num_nodes), max_depth, top_k)
+        self.controller.policy = CostRecorder(shape) if num_nodes else PlainCostRecorder(shape)
+
+    def recorded_costs(self) -> dict[str, list] | None:
+        """What was noted since :meth:`record_costs`; the configured policy is back afterwards."""
+        policy = self.controller.policy
+        self.start_policy()
+        return policy.samples() if isinstance(policy, CostRecorder) else None
+
     def read_counters(self, reset: bool) -> dict[str, Any]:
         counters = self.counters.as_dict()
         if reset:
@@ -175,7 +178,7 @@ class HeteroSpecCPUModelRunner(CPUModelRunner):
         with CLOCK.span("target forward"):
             return super()._model_forward(*args, **kwargs)
 
-    def _match_drafts(self, scheduler_output: SchedulerOutput) -> tuple[_Step, SchedulerOutput]:
+    def _match_drafts(self, scheduler_output: SchedulerOutput) -> tuple[Step, SchedulerOutput]:
         """What is verified of the scheduled drafts, written into a copy of the scheduler's output.
 
         In-process the scheduler reads its own object when it counts rejections, so that one is never changed.
@@ -186,8 +189,8 @@ class HeteroSpecCPUModelRunner(CPUModelRunner):
             scheduled, num_tokens, len(scheduler_output.num_scheduled_tokens)
         )
         if scheduled:
-            scheduler_output = _with_drafts(scheduler_output, verified)
-        return _Step(verified, scheduler_output.total_num_scheduled_tokens), scheduler_output
+            scheduler_output = with_drafts(scheduler_output, verified)
+        return Step(verified, scheduler_output.total_num_scheduled_tokens), scheduler_output
 
     def _may_reorder_batch(self, scheduler_output: SchedulerOutput) -> None:
         """Requests that attend as trees first; chains need no mask and stay with vLLM's own kernel."""
@@ -243,7 +246,7 @@ class HeteroSpecCPUModelRunner(CPUModelRunner):
             logits_indices=torch.from_numpy(logits_indices),
         )
 
-    def _place_trees(self, step: _Step):
+    def _place_trees(self, step: Step):
         """Positions follow the depth (slots were computed from the row index, which is what KV needs)."""
         assert step.trees is not None and step.root_rows is not None
         count = step.num_tree_reqs
@@ -418,7 +421,7 @@ class HeteroSpecCPUModelRunner(CPUModelRunner):
             scheduler_output.num_scheduled_tokens,
         )
         starts = self.query_start_loc.np[: num_reqs + 1].astype(np.int64)
-        rows, num_tokens = _true_rows(self._step, starts)
+        rows, num_tokens = true_rows(self._step, starts)
         index = torch.from_numpy(rows)
         return TrueTokens(
             token_ids=self.input_ids.gpu[index],
@@ -434,45 +437,3 @@ class HeteroSpecCPUModelRunner(CPUModelRunner):
         self.controller.remove(req_id)
         self._plain_reasons.pop(req_id, None)
         self._node_caps.pop(req_id, None)
-
-
-def _true_rows(step: _Step, starts: Ints) -> tuple[Ints, Ints]:
-    """(rows of the step that hold true tokens, request by request, number of them for each request)."""
-    if step.walked is None:
-        return np.arange(starts[-1]), np.diff(starts)
-    assert step.root_rows is not None
-    walked = step.walked.rows
-    before = step.root_rows - starts[:-1]  # rows before the root: prompt chunks
-    width = int(before.max()) + walked.shape[1]
-    column = np.arange(width)
-    rows = np.where(column < before[:, None], starts[:-1, None] + column, -1)
-    depth = column - before[:, None]
-    on_path = (depth >= 0) & (depth < step.walked.num_emitted[:, None])
-    path = np.take_along_axis(walked, np.clip(depth, 0, walked.shape[1] - 1), axis=1)
-    rows = np.where(on_path, step.root_rows[:, None] + path, rows)
-    return rows[rows >= 0], before + step.walked.num_emitted
-
-
-def _with_drafts(
-    scheduler_output: SchedulerOutput, verified: dict[str, list[int]]
-) -> SchedulerOutput:
-    """A copy of the scheduler's output that verifies these drafts instead of its own."""
-    num_scheduled = dict(scheduler_output.num_scheduled_tokens)
-    total = scheduler_output.total_num_scheduled_tokens
-    for req_id, token_ids in scheduler_output.scheduled_spec_decode_tokens.items():
-        dropped = len(token_ids) - len(verified.get(req_id, ()))
-        num_scheduled[req_id] -= dropped
-        total -= dropped
-    return replace(
-        scheduler_output,
-        num_scheduled_tokens=num_scheduled,
-        total_num_scheduled_tokens=total,
-        scheduled_spec_decode_tokens=verified,
-    )
-
-
-def _without_speculation(vllm_config: VllmConfig) -> VllmConfig:
-    """A shallow copy whose only use is to be asked whether speculation is configured."""
-    plain = copy(vllm_config)
-    plain.speculative_config = None
-    return plain

@@ -14,6 +14,7 @@ from vllm.v1.worker import cpu_worker
 from heterospec_vllm.attention.cpu import HeteroSpecCPUAttentionBackend
 from heterospec_vllm.kernels import tree_attention_cpu
 from heterospec_vllm.runners.v1 import HeteroSpecCPUModelRunner
+from heterospec_vllm.steps import StepRecorder
 from heterospec_vllm.timing import CLOCK
 
 logger = init_logger(__name__)
@@ -52,6 +53,23 @@ class HeteroSpecCPUWorker(cpu_worker.CPUWorker):
     def heterospec_trace(self, on: bool) -> dict[str, Any] | None:
         """Start recording every draft while nothing is verified; stop it and return what was recorded."""
         return self.model_runner.record_trace(on)
+
+    def heterospec_steps(self, on: bool) -> list[dict[str, Any]] | None:
+        """Start noting every step's drafts and walk of one request; stop it and return the notes."""
+        controller = self.model_runner.controller
+        recorder, controller.step_recorder = (
+            controller.step_recorder,
+            StepRecorder() if on else None,
+        )
+        return None if recorder is None else recorder.steps
+
+    def heterospec_record_costs(self, num_nodes: int, max_depth: int = 1, top_k: int = 1) -> None:
+        """Draft trees of fixed bounds and note what every step, head pass and draft level costs."""
+        self.model_runner.record_costs(num_nodes, max_depth, top_k)
+
+    def heterospec_recorded_costs(self) -> dict[str, list] | None:
+        """The noted costs; the configured policy is back afterwards."""
+        return self.model_runner.recorded_costs()
 
     def heterospec_clock(self, on: bool) -> dict[str, tuple[float, int]]:
         """Switch the step clock; returns the seconds and calls by span since the last switch."""

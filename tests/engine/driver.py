@@ -3,7 +3,8 @@
 
 A job is `{"engine": LLM arguments, "runs": [run, ...]}`; a run is `{"name", "prompts" (token ids or
 text), "sampling" (one dict or one a prompt), "batch" (requests at a time, default all), "policy"
-(optional: arguments of set_heterospec_policy), "abort_after" (optional)}`. Two engines of one
+(optional: arguments of set_heterospec_policy), "random_policy" (optional: arguments of
+random_policy.install)}`. Two engines of one
 process would share threads and caches, so tests start a process each.
 """
 
@@ -25,7 +26,10 @@ def main(job_file: str, out_file: str) -> None:
     for run in job["runs"]:
         if "policy" in run:
             llm.collective_rpc("set_heterospec_policy", kwargs=run["policy"])
-            llm.reset_prefix_cache()
+        if "random_policy" in run:
+            from random_policy import install
+
+            llm.collective_rpc(install, kwargs=run["random_policy"])
         if speculates:
             llm.collective_rpc("heterospec_counters", kwargs={"reset": True})
         preemptions = _metric(llm, "vllm:num_preemptions")

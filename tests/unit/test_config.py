@@ -169,7 +169,10 @@ def test_request_options() -> None:
 
 def test_allowed_values_come_from_the_fields() -> None:
     assert allowed_values(HeteroSpecConfig, "top_k") == "an integer from 1 to 16"
-    assert allowed_values(HeteroSpecConfig, "policy") == "'plain', 'chain', 'static'"
+    policies = allowed_values(HeteroSpecConfig, "policy")
+    assert policies == "'plain', 'chain', 'static', 'paper', 'marginal'"
+    # Unquoted: the string '0' is refused.
+    assert allowed_values(HeteroSpecConfig, "paper_first_index") == "0, 1"
     assert allowed_values(RequestOptions, "heterospec_max_nodes") == "an integer from 0 to 63"
 
 

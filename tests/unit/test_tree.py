@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """DraftTrees, the walk over them and the KV moves that follow: properties over random trees."""
 
-from collections.abc import Sequence
+import dataclasses
+from typing import Any
 
 import numpy as np
 from hypothesis import given
@@ -16,83 +17,141 @@ VOCAB = 12
 
 @st.composite
 def pools(draw: st.DrawFn) -> CandidatePool:
-    """What a drafter proposes: levels of `top_k` children for the best `top_k` nodes."""
+    """What a drafter proposes: levels of `top_k` children for the best `top_k` nodes, some requests stopping early."""
     num_reqs, top_k, depth = (draw(st.integers(1, 4)) for _ in range(3))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     ties = draw(st.booleans())
-    rows = [_expand(rng, top_k, depth, ties) for _ in range(num_reqs)]
-    tokens, scores, parents, ranks = (np.array(column) for column in zip(*rows, strict=True))
-    return CandidatePool(tokens, scores.astype(np.float32), parents, ranks)
+    stops = [draw(st.integers(1, depth)) for _ in range(num_reqs)]
+    rows = [_expand(rng, top_k, depth, stop, ties) for stop in stops]
+    columns = {
+        name: np.array([[node[name] for node in row] for row in rows]) for name in rows[0][0]
+    }
+    for name in ("log_probs", "survivals", "entropies"):
+        columns[name] = columns[name].astype(np.float32)
+    return CandidatePool(**columns)
 
 
-def _expand(rng: np.random.Generator, top_k: int, depth: int, ties: bool) -> Sequence[list]:
-    tokens: list[int] = []
-    scores: list[float] = []
-    parents: list[int] = []
-    ranks: list[int] = []
-    frontier = [(NO_ROW, 0.0)]
-    for _ in range(depth):
+def _expand(
+    rng: np.random.Generator, top_k: int, depth: int, stop: int, ties: bool
+) -> list[dict[str, Any]]:
+    pool: list[dict[str, Any]] = []
+    root = {"log_probs": 0.0, "survivals": 1.0, "entropies": 0.0}
+    frontier = [(NO_ROW, root)]
+    for level in range(1, depth + 1):
         children = []
-        for column, score in frontier:
+        for column, parent in frontier:
             steps = np.zeros(top_k) if ties else -np.sort(rng.exponential(size=top_k))
             for rank, token in enumerate(rng.choice(VOCAB, top_k, replace=False)):
-                children.append((len(tokens), score + steps[rank]))
-                tokens.append(int(token))
-                scores.append(score + steps[rank])
-                parents.append(column)
-                ranks.append(rank)
-        frontier = sorted(children, key=lambda child: -child[1])[:top_k]
-    return tokens, scores, parents, ranks
+                # The survival is not a function of the probability, only falling along the path.
+                survival = parent["survivals"] * (1.0 if ties else rng.random())
+                node = {
+                    "tokens": int(token),
+                    "log_probs": parent["log_probs"] + steps[rank],
+                    "survivals": survival,
+                    "strata": int(rng.integers(8)),
+                    "entropies": parent["entropies"] + rng.random(),
+                    "parents": column,
+                    "ranks": rank,
+                }
+                if level > stop:
+                    node |= {"log_probs": -np.inf, "survivals": 0.0}
+                children.append((len(pool), node))
+                pool.append(node)
+        frontier = sorted(children, key=lambda child: -child[1]["log_probs"])[:top_k]
+    return pool
 
 
 @st.composite
 def trees(draw: st.DrawFn) -> DraftTrees:
     pool = draw(pools())
     most = [draw(st.integers(0, 20)) for _ in range(pool.tokens.shape[0])]
-    return DraftTrees.from_pool(pool, np.array(most))
+    tree = DraftTrees.from_pool(pool, np.array(most))
+    return tree.laid_out() if draw(st.booleans()) else tree
+
+
+def _paths(tokens: np.ndarray, parents: np.ndarray, nodes: list[int]) -> list[tuple[int, ...]]:
+    """The tokens from the root to each of the nodes; `parents` of a node is a node or NO_ROW."""
+    paths = []
+    for node in nodes:
+        path, at = [], node
+        while at != NO_ROW:
+            path.append(int(tokens[at]))
+            at = int(parents[at])
+        paths.append(tuple(path[::-1]))
+    return paths
+
+
+def _nodes_of(tree: DraftTrees, req: int) -> dict[tuple[int, ...], tuple[float, ...]]:
+    """What a tree says of each node, in the order of its rows, by the node's path of tokens."""
+    nodes = list(range(int(tree.num_nodes[req])))
+    paths = _paths(tree.tokens[req], tree.parents[req, 1:] - 1, nodes)
+    return {
+        path: (
+            float(tree.log_probs[req, node]),
+            float(tree.survivals[req, node]),
+            int(tree.strata[req, node]),
+            int(tree.ranks[req, node + 1]),
+            int(tree.depths[req, node + 1]),
+        )
+        for node, path in zip(nodes, paths, strict=True)
+    }
 
 
 @given(pools(), st.data())
 def test_a_cut_tree_is_connected_and_best(pool: CandidatePool, data: st.DataObject) -> None:
-    num_reqs, pool_size = pool.tokens.shape
+    num_reqs = pool.tokens.shape[0]
     most = np.array([data.draw(st.integers(0, 20)) for _ in range(num_reqs)])
     cut = DraftTrees.from_pool(pool, most)
     cut.check()
-    assert (cut.num_nodes == np.minimum(most, pool_size)).all()
+    present = (pool.survivals > 0).sum(axis=1)
+    assert (cut.num_nodes == np.minimum(most, present)).all()
     for req in range(num_reqs):
-        best = np.sort(pool.scores[req])[::-1][: most[req]]
-        kept = _score_of_paths(pool, cut, req)
-        np.testing.assert_allclose(np.sort(kept)[::-1], best, rtol=1e-6)
+        kept = _nodes_of(cut, req)
+        assert len(kept) == cut.num_nodes[req]
+        best = np.sort(pool.survivals[req])[::-1][: len(kept)]
+        assert [node[1] for node in kept.values()] == best.tolist()
+        columns = np.flatnonzero(pool.survivals[req] > 0).tolist()
+        paths = _paths(pool.tokens[req], pool.parents[req], columns)
+        for column, path in zip(columns, paths, strict=True):
+            if path in kept:
+                assert kept[path] == (
+                    float(pool.log_probs[req, column]),
+                    float(pool.survivals[req, column]),
+                    int(pool.strata[req, column]),
+                    int(pool.ranks[req, column]),
+                    len(path),
+                )
 
 
-def _score_of_paths(pool: CandidatePool, cut: DraftTrees, req: int) -> np.ndarray:
-    """Each node's score, found in the pool by its path of tokens."""
-    by_path = {}
-    for column in range(pool.tokens.shape[1]):
-        path, at = [], column
-        while at != NO_ROW:
-            path.append(int(pool.tokens[req, at]))
-            at = int(pool.parents[req, at])
-        by_path[tuple(path[::-1])] = pool.scores[req, column]
-    found = []
-    for row in range(1, int(cut.num_nodes[req]) + 1):
-        path, at = [], row
-        while at != 0:
-            path.append(int(cut.tokens[req, at - 1]))
-            at = int(cut.parents[req, at])
-        found.append(by_path[tuple(path[::-1])])
-    return np.array(found, dtype=np.float32)
+@given(pools(), st.data())
+def test_an_order_at_hand_changes_nothing(pool: CandidatePool, data: st.DataObject) -> None:
+    most = np.array([data.draw(st.integers(0, 20)) for _ in range(pool.tokens.shape[0])])
+    cut = DraftTrees.from_pool(pool, most)
+    again = DraftTrees.from_pool(pool, most, pool.order(pool.tokens.shape[1]))
+    for field in dataclasses.fields(cut):
+        np.testing.assert_array_equal(getattr(cut, field.name), getattr(again, field.name))
 
 
-@given(trees())
-def test_the_meta_path_comes_first(tree: DraftTrees) -> None:
+@given(pools(), st.data())
+def test_the_meta_path_comes_first(pool: CandidatePool, data: st.DataObject) -> None:
+    """From the root always to the best child; every node stays what it was, the others in their order."""
+    most = np.array([data.draw(st.integers(0, 20)) for _ in range(pool.tokens.shape[0])])
+    cut = DraftTrees.from_pool(pool, most)
+    tree = cut.laid_out()
+    tree.check()
+    assert (tree.num_nodes == cut.num_nodes).all()
     for req in range(tree.num_reqs):
-        parents = tree.parents[req, 1 : tree.num_nodes[req] + 1].tolist()
-        row = 0
-        while row in parents:
-            first_child = parents.index(row) + 1
-            assert first_child == row + 1
-            row = first_child
+        before, after = _nodes_of(cut, req), _nodes_of(tree, req)
+        assert after == before
+        meta: list[tuple[int, ...]] = []
+        while True:
+            above = meta[-1] if meta else ()
+            children = [path for path in before if path[:-1] == above]
+            if not children:
+                break
+            meta.append(children[0])
+        others = [path for path in before if path not in meta]
+        assert list(after) == meta + others
 
 
 @given(trees(), st.data())
@@ -102,14 +161,16 @@ def test_any_prefix_is_a_tree(tree: DraftTrees, data: st.DataObject) -> None:
     prefix = tree.take(reqs, cut)
     prefix.check()
     for i, req in enumerate(reqs):
-        assert (prefix.tokens[i, : cut[i]] == tree.tokens[req, : cut[i]]).all()
+        kept = list(_nodes_of(tree, req).items())[: cut[i]]
+        assert list(_nodes_of(prefix, i).items()) == kept
 
 
 @given(st.lists(trees(), min_size=1, max_size=3))
 def test_batches_join(batches: list[DraftTrees]) -> None:
     joined = DraftTrees.concatenate(batches)
     joined.check()
-    assert joined.num_nodes.tolist() == [n for b in batches for n in b.num_nodes.tolist()]
+    expected = [_nodes_of(batch, req) for batch in batches for req in range(batch.num_reqs)]
+    assert [_nodes_of(joined, req) for req in range(joined.num_reqs)] == expected
 
 
 @given(trees())
@@ -203,13 +264,31 @@ def test_an_empty_batch_of_drafts() -> None:
     assert walked.num_accepted.tolist() == [0, 0, 0]
 
 
-def test_nan_scores_never_win() -> None:
+def test_levels_join_side_by_side() -> None:
+    def level(first: int) -> CandidatePool:
+        names = [field.name for field in dataclasses.fields(CandidatePool)]
+        columns = {
+            name: 100 * i + np.arange(first, first + 2)[None] for i, name in enumerate(names)
+        }
+        return CandidatePool(**columns)
+
+    joined = CandidatePool.concatenate([level(0), level(2)])
+    assert joined.tokens.tolist() == [[0, 1, 2, 3]]
+    assert joined.ranks.tolist() == [[600, 601, 602, 603]]
+
+
+def test_nan_survivals_never_win() -> None:
+    nothing = np.zeros((1, 4), dtype=np.int64)
     pool = CandidatePool(
         tokens=np.array([[1, 2, 3, 4]]),
-        scores=np.array([[np.nan, -1.0, np.nan, -2.0]], dtype=np.float32),
+        log_probs=np.array([[np.nan, -1.0, np.nan, -2.0]], dtype=np.float32),
+        survivals=np.array([[np.nan, 0.5, np.nan, 0.2]], dtype=np.float32),
+        strata=nothing,
+        entropies=nothing.astype(np.float32),
         parents=np.array([[NO_ROW, NO_ROW, 0, 1]]),
-        ranks=np.array([[0, 1, 0, 0]]),
+        ranks=nothing,
     )
-    cut = DraftTrees.from_pool(pool, np.array([2]))
+    cut = DraftTrees.from_pool(pool, np.array([4]))
     cut.check()
-    assert cut.tokens.tolist() == [[2, 4]]
+    assert cut.tokens.tolist()[0][:2] == [2, 4]
+    assert cut.num_nodes.tolist() == [2]

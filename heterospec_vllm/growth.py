@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One level of a draft as arrays: the head's top children become candidates with entropies, strata and survivals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from heterospec_vllm.policies import Batch, DraftPolicy, Level
+from heterospec_vllm.signals import meta_path_end, top_k_entropy
+from heterospec_vllm.tree import NO_ROW, CandidatePool, Floats, Ints
+
+
+@dataclass(frozen=True)
+class Parents:
+    """The expanded nodes of a level as their children need them; padded slots have survival 0."""
+
+    columns: Ints  # [num_reqs, width] in the pool, NO_ROW for the root
+    log_probs: Floats  # [num_reqs, width]
+    survivals: Floats  # [num_reqs, width]
+    entropies: Floats  # [num_reqs, width]
+    strata: Ints  # [num_reqs, width]
+
+    @classmethod
+    def roots(cls, num_reqs: int) -> Parents:
+        """The roots of a batch, as parents of the first level."""
+        zeros = np.zeros((num_reqs, 1), dtype=np.float32)
+        none = np.full((num_reqs, 1), NO_ROW)
+        return cls(none, zeros, zeros + 1, zeros, np.zeros((num_reqs, 1), dtype=np.int64))
+
+    @classmethod
+    def of(cls, slots: Ints, level_pool: CandidatePool, first_column: int) -> Parents:
+        at = np.maximum(slots, 0)
+
+        def picked(values):
+            return np.take_along_axis(values, at, axis=1)
+
+        return cls(
+            columns=first_column + at,
+            log_probs=picked(level_pool.log_probs),
+            survivals=np.where(slots >= 0, picked(level_pool.survivals), np.float32(0)),
+            entropies=picked(level_pool.entropies),
+            strata=picked(level_pool.strata),
+        )
+
+
+def children_of(
+    policy: DraftPolicy,
+    batch: Batch,
+    depth: int,
+    parent: Parents,
+    rows: Ints,  # [num_reqs, width] head rows of the parents, NO_ROW padded
+    tokens: Ints,  # [num_rows, top_k]
+    local: Floats,  # [num_rows, top_k]
+) -> CandidatePool:
+    """One level of the pool; the children of padded parents are absent."""
+    num_reqs, width = rows.shape
+    top_k = tokens.shape[1]
+    entropy = parent.entropies + top_k_entropy(local)[rows]
+    log_probs = parent.log_probs[..., None] + local[rows]
+    log_probs[rows < 0] = -np.inf
+    entropies = np.repeat(entropy, top_k, axis=1)
+    strata = np.repeat(policy.strata.of(depth, entropy), top_k, axis=1)
+    log_probs = log_probs.reshape(num_reqs, -1)
+    parents = np.repeat(parent.survivals, top_k, axis=1)
+    return CandidatePool(
+        tokens=tokens[rows].reshape(num_reqs, -1),
+        log_probs=log_probs,
+        survivals=policy.survivals(batch, depth, log_probs, strata, parents),
+        strata=strata,
+        entropies=entropies,
+        parents=np.repeat(parent.columns, top_k, axis=1),
+        ranks=np.broadcast_to(np.tile(np.arange(top_k), width), (num_reqs, width * top_k)),
+    )
+
+
+def level_of(
+    policy: DraftPolicy,
+    depth: int,
+    level_pool: CandidatePool,
+    parent: Parents,
+    meta_entropies: Floats,  # [num_reqs], brought up to date for requests that reached this level
+) -> Level:
+    top_k = level_pool.tokens.shape[1] // parent.columns.shape[1]
+    local = level_pool.log_probs - np.repeat(parent.log_probs, top_k, axis=1)
+    depths = np.full(level_pool.tokens.shape[1], depth)
+    end = meta_path_end(depths, level_pool.log_probs, local, policy.reading)[:, None]
+    reached = np.take_along_axis(level_pool.survivals, end, axis=1)[:, 0] > 0
+    entropy = np.take_along_axis(level_pool.entropies, end, axis=1)[:, 0]
+    meta_entropies[reached] = entropy[reached]
+    return Level(
+        depth=depth,
+        log_probs=level_pool.log_probs,
+        entropies=level_pool.entropies,
+        survivals=level_pool.survivals,
+        strata=level_pool.strata,
+        meta_entropies=meta_entropies,
+    )

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``marginal`` policy: survival and cost learned from every step, and one price of time (docs/design.md)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from heterospec_vllm.config import HeteroSpecConfig
+from heterospec_vllm.cost import StepCosts
+from heterospec_vllm.policies import Batch, DraftPolicy, Level, PaperPolicy, PlainPolicy, Scope
+from heterospec_vllm.policy import (
+    Bools,
+    NodeChoice,
+    TreeShape,
+    choose_nodes,
+    expected_rate,
+    hysteresis,
+    nodes_worth_expanding,
+    tree_shape,
+)
+from heterospec_vllm.profile import Profile
+from heterospec_vllm.strata import DEFAULT_STRATA, NUM_STRATA, Strata
+from heterospec_vllm.survival import (
+    MAX_DEPTH,
+    NUM_TEMPERATURES,
+    NodeFeatures,
+    SurvivalTables,
+    along_paths,
+)
+from heterospec_vllm.tree import Floats, Ints
+
+
+class MarginalPolicy(DraftPolicy):
+    """Takes what earns more than the price of time: levels, nodes, and speculation itself."""
+
+    learns = True
+    # Ratios to plain decoding's rate: start above one, stop at or below the other.
+    start, stop = 1.03, 1.005
+    probe_after, probe_at_most = (
+        64,
+        1024,
+    )  # steps without speculation between two probes, first and longest
+    probe_nodes = 2
+
+    def __init__(
+        self,
+        shape: TreeShape,
+        costs: StepCosts,
+        *,
+        tables: SurvivalTables | None = None,
+        strata: Strata = DEFAULT_STRATA,
+    ) -> None:
+        super().__init__(shape)
+        self.costs = costs
+        self.tables = tables or SurvivalTables()
+        self.strata = strata
+        self.on = True
+        self.choice: NodeChoice | None = None
+        self._speedup = 1.0  # expected rate relative to plain decoding, smoothed
+        self._nodes_a_req = 4.0
+        self._levels = 1.0  # levels beyond the first, and rows of such a level, per request
+        self._rows = 2.0
+        self._probe_wait = self.probe_after
+        self._steps_off = 0
+        self._probing = False
+        self._pending: list[tuple[NodeFeatures, Floats]] = []
+        self._draft_seconds = 0.0
+        ranks = np.arange(shape.top_k)
+        # How much of a node's survival each child inherits, by temperature, depth, stratum and rank.
+        self._continuation = np.broadcast_to(
+            0.45 * 0.4**ranks, (NUM_TEMPERATURES, MAX_DEPTH + 1, NUM_STRATA, shape.top_k)
+        ).copy()
+        # Mean survival of the i-th best node: of whole trees, and of the root's children alone.
+        guess = 0.5 * 0.6 ** np.arange(shape.num_nodes)
+        self.curve = guess.copy()
+        self.first_level_curve = guess[: shape.top_k].copy()
+
+    # ---- speculation on or off
+
+    def scope(self, num_reqs: int, context: float) -> Scope:
+        """Compares what recent trees would earn in this batch with plain decoding."""
+        self._probing = False
+        if num_reqs == 0:
+            return "all" if self.on else "none"
+        self.on = hysteresis(
+            self.on, self.gain(num_reqs, context), start=self.start, stop=self.stop
+        )
+        if self.on:
+            self._steps_off = 0
+            self._probe_wait = self.probe_after
+            return "all"
+        self._steps_off += 1
+        if self._steps_off >= self._probe_wait:
+            self._steps_off = 0
+            self._probe_wait = min(2 * self._probe_wait, self.probe_at_most)
+            self._probing = True
+            return "probe"
+        return "none"
+
+    def gain(self, num_reqs: int, context: float) -> float:
+        """Expected rate with speculation relative to plain decoding for a batch of this size."""
+        plain = float(self.costs.step(num_reqs, num_reqs, context))
+        first = float(self.costs.first_pass(num_reqs))
+        rows = max(1.0, num_reqs * self._rows)
+        rates = []
+        for curve, levels in ((self.curve, self._levels), (self.first_level_curve, 0.0)):
+            counts = num_reqs * (1.0 + np.arange(curve.size + 1))
+            cost = self.costs.step(counts, num_reqs, context) + first
+            rates.append(expected_rate(curve, num_reqs, cost + levels * self.costs.level(rows)))
+        return max(rates) * plain / num_reqs
+
+    def prices(self, batch: Batch) -> tuple[float, float]:
+        nodes = self._nodes_a_req * batch.num_reqs
+        slope = self.costs.verify.slope(batch.num_reqs + 0.5 * nodes, max(4.0, nodes))
+        return self.price(batch.num_reqs, batch.context), slope
+
+    def price(self, num_reqs: int, context: float) -> float:
+        """Tokens per second that a second is worth: plain decoding's rate times the speedup achieved lately."""
+        plain = float(self.costs.step(num_reqs, num_reqs, context))
+        return max(1.0, self._speedup) * num_reqs / plain
+
+    # ---- a draft
+
+    def survivals(self, batch, depth, log_probs, strata, parent_survivals) -> Floats:
+        absent = ~(log_probs > -np.inf)  # NaN, too
+        nodes = NodeFeatures(
+            log_probs,
+            np.full(log_probs.shape, depth),
+            strata,
+            np.broadcast_to(batch.temperatures[:, None], log_probs.shape),
+        )
+        return np.where(absent, 0.0, along_paths(self.tables.predict(nodes), parent_survivals))
+
+    def expand(self, batch: Batch, level: Level) -> Bools:
+        if level.depth == 1:
+            self._smooth(self.first_level_curve, np.sort(level.survivals, axis=1)[:, ::-1])
+            self._num_levels = 0
+            self._num_rows = 0
+        if level.depth >= self.shape.max_depth:
+            return np.zeros(level.log_probs.shape, dtype=np.bool_)
+        rows = batch.limits.size * self.beam
+        price, node_seconds = self.prices(batch)
+        depth = min(level.depth, MAX_DEPTH)
+        chosen = nodes_worth_expanding(
+            level.survivals,
+            self._continuation[batch.temperatures[:, None], depth, level.strata],
+            price=price,
+            node_seconds=node_seconds,
+            row_seconds=self.costs.level.slope(1, max(1, rows - 1)),
+            level_seconds=float(self.costs.level(1)),
+            beam=self.beam,
+        )
+        count = int(chosen.sum())
+        self._num_levels += count > 0
+        self._num_rows += count
+        return chosen
+
+    def observe_children(self, batch, depth, strata, survivals, children) -> None:
+        """What children inherited, weighted by how much the parent mattered: teaches :meth:`expand`."""
+        depth = min(depth, MAX_DEPTH)
+        real = survivals > 0
+        if not real.any():
+            return
+        weight = 0.1 * survivals[real][:, None]
+        share = children[real] / np.maximum(survivals[real], 1e-6)[:, None]
+        temperatures = np.broadcast_to(batch.temperatures[:, None], survivals.shape)[real]
+        cell = (temperatures, depth, strata[real])
+        moved = np.zeros_like(self._continuation)
+        total = np.zeros(self._continuation.shape[:-1])
+        np.add.at(moved, cell, weight * share)
+        np.add.at(total, cell, weight[:, 0])
+        total = total[..., None]
+        mean = np.divide(moved, total, out=np.zeros_like(moved), where=total > 0)
+        self._continuation += np.minimum(total, 0.5) * (mean - self._continuation)
+
+    def propose(self, batch: Batch, survivals: Floats, draft_seconds: float) -> Ints:
+        """The best choice for a step without prefill; the step itself may only verify fewer."""
+        present = (survivals > 0).sum(axis=1)
+        limits = np.minimum(np.minimum(batch.limits, self.shape.num_nodes), present)
+        width = min(survivals.shape[1], self.shape.num_nodes)
+        top = survivals[:, :width]
+        self._smooth(self.curve, top)
+        if batch.limits.size and not self._probing:
+            self._levels += 0.1 * (self._num_levels - self._levels)
+            rows = self._num_rows / max(1, self._num_levels) / batch.limits.size
+            self._rows += 0.1 * (rows - self._rows) * (self._num_levels > 0)
+        self._draft_seconds = draft_seconds
+        chosen = self._choose(top, limits, batch.num_reqs, batch.num_reqs, batch.context)
+        if self._probing:
+            return np.minimum(np.maximum(chosen.num_nodes, self.probe_nodes), limits)
+        plain = batch.num_reqs / float(
+            self.costs.step(batch.num_reqs, batch.num_reqs, batch.context)
+        )
+        self._speedup += 0.1 * (chosen.rate / plain - self._speedup)
+        nodes = chosen.num_nodes.sum() / max(1, batch.num_reqs)
+        self._nodes_a_req += 0.1 * (nodes - self._nodes_a_req)
+        return chosen.num_nodes
+
+    def keep(self, survivals, num_nodes, other_tokens, num_reqs, context) -> Ints:
+        if self._probing:
+            return num_nodes
+        return self._choose(survivals, num_nodes, other_tokens, num_reqs, context).num_nodes
+
+    def _choose(
+        self, survivals: Floats, limits: Ints, other_tokens: int, num_reqs: int, context: float
+    ) -> NodeChoice:
+        counts = other_tokens + np.arange(int(limits.sum()) + 1)
+        cost = self._draft_seconds + self.costs.step(counts, num_reqs, context)
+        others = max(0, num_reqs - survivals.shape[0])
+        self.choice = choose_nodes(survivals, limits, cost, others)
+        return self.choice
+
+    # ---- learning
+
+    def observe_nodes(self, nodes: NodeFeatures, accepted: Floats) -> None:
+        self.tables.observe(nodes, accepted)
+
+    def observe_step(self, num_tokens: int, num_reqs: int, context: float, seconds: float) -> None:
+        self.costs.observe_step(num_tokens, num_reqs, context, seconds)
+
+    def observe_first_pass(self, num_tokens: int, seconds: float) -> None:
+        self.costs.first_pass.observe(num_tokens, seconds)
+
+    def observe_level(self, num_rows: int, seconds: float) -> None:
+        self.costs.level.observe(num_rows, seconds)
+
+    def _smooth(self, curve: Floats, survivals: Floats) -> None:
+        """Moves a mean curve towards this draft's, per request (a probe speaks for more)."""
+        if not survivals.shape[0]:
+            return
+        width = min(curve.size, survivals.shape[1])
+        mean = np.zeros(curve.size)
+        mean[:width] = survivals[:, :width].mean(axis=0)
+        rate = 0.3 if self._probing else 0.05
+        curve += rate * (mean - curve)
+
+
+def make_policy(
+    config: HeteroSpecConfig,
+    limit: int,  # most draft nodes of a request that vLLM makes room for
+    profile: Profile | None,
+    costs: StepCosts | None,
+) -> DraftPolicy:
+    """The policy that a config names; ``marginal`` needs costs, ``paper`` takes the profile's strata if any."""
+    name = config.policy
+    shape = tree_shape(
+        name, min(config.num_speculative_tokens, limit), config.max_depth, config.top_k
+    )
+    if name == "plain":
+        return PlainPolicy(shape)
+    if name == "paper":
+        edges = DEFAULT_STRATA.edges[min(shape.max_depth, len(DEFAULT_STRATA.edges)) - 1]
+        if profile is not None:
+            edges = tuple(profile.paper_edges)
+        return PaperPolicy(
+            shape,
+            edges,
+            max_nodes=limit,
+            first_index=config.paper_first_index,
+            reading=config.meta_path,
+        )
+    if name == "marginal":
+        assert costs is not None
+        if profile is None:
+            return MarginalPolicy(shape, costs)
+        return MarginalPolicy(
+            shape,
+            costs,
+            tables=SurvivalTables(prior=profile.survival_table, prior_weight=40.0),
+            strata=profile.strata,
+        )
+    return DraftPolicy(shape)

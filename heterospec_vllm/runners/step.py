@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the hooks of one step share, and small functions over vLLM's records."""
+
+from __future__ import annotations
+
+from copy import copy
+from dataclasses import dataclass, replace
+
+import numpy as np
+from vllm.config import VllmConfig
+from vllm.v1.core.sched.output import SchedulerOutput
+
+from heterospec_vllm.tree import DraftTrees, Ints
+from heterospec_vllm.verify import Walk
+
+
+@dataclass
+class Step:
+    """What the hooks of one step share: trees in batch order and where their rows lie."""
+
+    verified: dict[str, list[int]]  # draft tokens by request, in the order of their rows
+    num_tokens: int = 0  # scheduled, drafts included
+    trees: DraftTrees | None = (
+        None  # [num_reqs], in the order of the batch; None where nothing is verified
+    )
+    num_tree_reqs: int = 0  # leading requests that attend as trees
+    root_rows: Ints | None = None  # [num_reqs] token row of each root
+    walked: Walk | None = None
+
+
+def true_rows(step: Step, starts: Ints) -> tuple[Ints, Ints]:
+    """(rows of the step that hold true tokens, request by request, number of them for each request)."""
+    if step.walked is None:
+        return np.arange(starts[-1]), np.diff(starts)
+    assert step.root_rows is not None
+    walked = step.walked.rows
+    before = step.root_rows - starts[:-1]  # rows before the root: prompt chunks
+    width = int(before.max()) + walked.shape[1]
+    column = np.arange(width)
+    rows = np.where(column < before[:, None], starts[:-1, None] + column, -1)
+    depth = column - before[:, None]
+    on_path = (depth >= 0) & (depth < step.walked.num_emitted[:, None])
+    path = np.take_along_axis(walked, np.clip(depth, 0, walked.shape[1] - 1), axis=1)
+    rows = np.where(on_path, step.root_rows[:, None] + path, rows)
+    return rows[rows >= 0], before + step.walked.num_emitted
+
+
+def with_drafts(
+    scheduler_output: SchedulerOutput, verified: dict[str, list[int]]
+) -> SchedulerOutput:
+    """A copy of the scheduler's output that verifies these drafts instead of its own."""
+    num_scheduled = dict(scheduler_output.num_scheduled_tokens)
+    total = scheduler_output.total_num_scheduled_tokens
+    for req_id, token_ids in scheduler_output.scheduled_spec_decode_tokens.items():
+        dropped = len(token_ids) - len(verified.get(req_id, ()))
+        num_scheduled[req_id] -= dropped
+        total -= dropped
+    return replace(
+        scheduler_output,
+        num_scheduled_tokens=num_scheduled,
+        total_num_scheduled_tokens=total,
+        scheduled_spec_decode_tokens=verified,
+    )
+
+
+def without_speculation(vllm_config: VllmConfig) -> VllmConfig:
+    """A shallow copy whose only use is to be asked whether speculation is configured."""
+    plain = copy(vllm_config)
+    plain.speculative_config = None
+    return plain

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""True tokens on their way to the draft head: the record and how it is cut into parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from heterospec_vllm.tree import Ints
+
+
+@dataclass(frozen=True)
+class TrueTokens:
+    """Tokens of their requests' text that the head has not seen, request by request, in text order."""
+
+    token_ids: torch.Tensor  # [num_tokens]
+    positions: torch.Tensor  # [num_tokens] int64, rising by one within a request
+    features: torch.Tensor  # [num_tokens, num_taps * hidden_size], the target's tap states
+    num_tokens: Ints  # [num_reqs], >= 1
+    next_token_ids: torch.Tensor  # [num_reqs] int32, the token that follows each request's last one
+    block_table: torch.Tensor  # [num_reqs, max_blocks] int32
+
+
+def slots_of(tokens: TrueTokens, block_size: int) -> torch.Tensor:
+    """[num_tokens] int64 KV slot of each token."""
+    reqs = torch.from_numpy(np.repeat(np.arange(tokens.num_tokens.size), tokens.num_tokens))
+    blocks = tokens.block_table[reqs, tokens.positions // block_size].long()
+    return blocks * block_size + tokens.positions % block_size
+
+
+def parts_of(num_tokens: Ints, most: int) -> list[slice]:
+    """Consecutive requests of at most ``most`` tokens together (a single one may have that many)."""
+    parts, start, total = [], 0, 0
+    for req, count in enumerate(num_tokens.tolist()):
+        if total and total + count > most:
+            parts.append(slice(start, req))
+            start, total = req, 0
+        total += count
+    return [*parts, slice(start, num_tokens.size)]
+
+
+def requests_of(tokens: TrueTokens, part: slice) -> TrueTokens:
+    if part.start == 0 and part.stop == tokens.num_tokens.size:
+        return tokens
+    ends = np.concatenate([[0], np.cumsum(tokens.num_tokens)])
+    rows = slice(int(ends[part.start]), int(ends[part.stop]))
+    return TrueTokens(
+        token_ids=tokens.token_ids[rows],
+        positions=tokens.positions[rows],
+        features=tokens.features[rows],
+        num_tokens=tokens.num_tokens[part],
+        next_token_ids=tokens.next_token_ids[part],
+        block_table=tokens.block_table[part],
+    )
+
+
+def without_start(tokens: TrueTokens, req: int, count: int) -> TrueTokens:
+    """The tokens without the first ``count`` of one request."""
+    first = int(tokens.num_tokens[:req].sum())
+    keep = torch.ones(len(tokens.token_ids), dtype=torch.bool)
+    keep[first : first + count] = False
+    num_tokens = tokens.num_tokens.copy()
+    num_tokens[req] -= count
+    return replace(
+        tokens,
+        token_ids=tokens.token_ids[keep],
+        positions=tokens.positions[keep],
+        features=tokens.features[keep],
+        num_tokens=num_tokens,
+    )
