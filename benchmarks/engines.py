@@ -21,6 +21,7 @@ class Load:
     prompts: list[list[int]] = field(repr=False)
     batch: int
     max_tokens: int
+    temperature: float = 0.0  # above 0 every prompt has a seed of its own
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,21 @@ def _timed(llm: Any, load: Load, policy: dict[str, Any] | None, ours: bool) -> R
         llm.collective_rpc("set_heterospec_policy", kwargs=policy)
     if ours:
         llm.collective_rpc("heterospec_counters", kwargs={"reset": True})
-    params = SamplingParams(temperature=0.0, max_tokens=load.max_tokens, ignore_eos=True)
+    params = [
+        SamplingParams(
+            temperature=load.temperature,
+            max_tokens=load.max_tokens,
+            ignore_eos=True,
+            seed=number if load.temperature > 0 else None,
+        )
+        for number in range(len(load.prompts))
+    ]
     outputs = []
     start = time.perf_counter()
     for first in range(0, len(load.prompts), load.batch):
         part = [{"prompt_token_ids": p} for p in load.prompts[first : first + load.batch]]
-        outputs += llm.generate(part, params, use_tqdm=False)
+        chosen = params[first : first + load.batch]
+        outputs += llm.generate(part, chosen, use_tqdm=False)
     seconds = time.perf_counter() - start
     token_ids = [list(output.outputs[0].token_ids) for output in outputs]
     counters = llm.collective_rpc("heterospec_counters")[0] if ours else None

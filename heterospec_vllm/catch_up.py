@@ -19,7 +19,7 @@ import torch
 
 from heterospec_vllm.policy import Bools
 from heterospec_vllm.tree import Ints
-from heterospec_vllm.true_tokens import TrueTokens, slots_of
+from heterospec_vllm.true_tokens import TrueTokens
 
 UNSEEN_PREFIX = "prefix_unseen_by_head"
 SKIPPED_TOO_LONG = "skipped_too_long"
@@ -60,16 +60,14 @@ class HeadProgress:
     def follow(self, req_ids: list[str], tokens: TrueTokens) -> None:
         """Meet the step's requests: new ones with their prefix, and those that were preempted and start over."""
         ends = np.cumsum(tokens.num_tokens)
-        first = tokens.positions[torch.from_numpy(ends - tokens.num_tokens)].tolist()
+        first = tokens.positions.numpy()[ends - tokens.num_tokens].tolist()
         for i, (req_id, position) in enumerate(zip(req_ids, first, strict=True)):
             if self._next.get(req_id) != position and req_id not in self._lost:
                 self._start_over(req_id, position, tokens.block_table[i])
             self._next[req_id] = position + int(tokens.num_tokens[i])
 
     def _start_over(self, req_id: str, position: int, blocks: torch.Tensor) -> None:
-        self._pending.pop(req_id, None)
-        for kept in self._kept:
-            kept.first_row.pop(req_id, None)
+        self._let_go(req_id)
         num_blocks = -(-position // self._block_size)
         prefix = blocks[:num_blocks].numpy()
         if not self._seen_blocks[prefix].all():
@@ -85,21 +83,21 @@ class HeadProgress:
         """What the head must process for the requests to feed, their kept tokens first; None where there are none."""
         ends = np.cumsum(tokens.num_tokens)
         starts = ends - tokens.num_tokens
-        if not feed.all():
-            self._skip(req_ids, tokens, starts, ends, feed, keep)
-        if not feed.any():
-            return None
         fed = np.flatnonzero(feed)
         chosen = [req_ids[i] for i in fed]
+        # First, as keeping others' tokens may push the oldest out.
         pieces = self._kept_of([r for r in chosen if r in self._pending])
+        if not feed.all():
+            self._skip(req_ids, tokens, starts, ends, feed, keep)
+        if not chosen:
+            return None
         if pieces or not feed.all():
             tokens = _gather(chosen, tokens, fed, starts, ends, pieces)
         self._mark(tokens, seen=True)
         return tokens
 
     def _skip(self, req_ids, tokens: TrueTokens, starts: Ints, ends: Ints, feed, keep) -> None:
-        rows = np.repeat(~feed, tokens.num_tokens)
-        self._mark(tokens, seen=False, rows=torch.from_numpy(rows))
+        self._mark(tokens, seen=False, rows=np.repeat(~feed, tokens.num_tokens))
         kept = keep & ~feed
         if not kept.any():
             return
@@ -113,10 +111,13 @@ class HeadProgress:
         }
         for name, (start, stop) in where.items():
             self._pending[name] = self._pending.get(name, 0) + stop - start
-        index = torch.from_numpy(rows)
-        record = _Kept(
-            where, tokens.token_ids[index], tokens.positions[index], tokens.features[index]
-        )
+        if kept.all():
+            record = _Kept(where, tokens.token_ids, tokens.positions, tokens.features)
+        else:
+            index = torch.from_numpy(rows)
+            record = _Kept(
+                where, tokens.token_ids[index], tokens.positions[index], tokens.features[index]
+            )
         self._kept.append(record)
         self._kept_bytes += record.features.nbytes
         while self._kept_bytes > self._max_bytes:
@@ -126,9 +127,14 @@ class HeadProgress:
         self._kept_bytes -= record.features.nbytes
         for req_id in record.first_row:
             self._lost[req_id] = SKIPPED_TOO_LONG
-            self._pending.pop(req_id, None)
-            for other in self._kept:
-                other.first_row.pop(req_id, None)
+            self._let_go(req_id)
+
+    def _let_go(self, req_id: str) -> None:
+        """Drops the kept tokens of a request."""
+        if self._pending.pop(req_id, None) is not None:
+            for record in self._kept:
+                record.first_row.pop(req_id, None)
+            self._drop_empty()
 
     def _kept_of(
         self, req_ids: list[str]
@@ -153,20 +159,16 @@ class HeadProgress:
         self._kept = deque(record for record in self._kept if record.first_row)
         self._kept_bytes = sum(record.features.nbytes for record in self._kept)
 
-    def _mark(self, tokens: TrueTokens, *, seen: bool, rows: torch.Tensor | None = None) -> None:
-        blocks = slots_of(tokens, self._block_size) // self._block_size
-        self._seen_blocks[(blocks if rows is None else blocks[rows]).numpy()] = seen
+    def _mark(self, tokens: TrueTokens, *, seen: bool, rows: Bools | None = None) -> None:
+        reqs = np.repeat(np.arange(tokens.num_tokens.size), tokens.num_tokens)
+        blocks = tokens.block_table.numpy()[reqs, tokens.positions.numpy() // self._block_size]
+        self._seen_blocks[blocks if rows is None else blocks[rows]] = seen
 
     def remove(self, req_id: str) -> None:
         """A request has left the engine."""
         self._next.pop(req_id, None)
         self._lost.pop(req_id, None)
-        if self._pending.pop(req_id, None) is not None:
-            for record in self._kept:
-                record.first_row.pop(req_id, None)
-            if not self._pending:
-                self._kept.clear()
-                self._kept_bytes = 0
+        self._let_go(req_id)
 
 
 def _gather(

@@ -8,6 +8,8 @@ A runner calls, in the order of a step: :meth:`Controller.match` (which schedule
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,6 +64,7 @@ class Controller:
         self._index: dict[str, int] = {}
         self._clock = _Clock()
         self._context = 0.0
+        self._sample_seconds = 0.0  # of the current step
 
     # ---- which scheduled drafts are verified
 
@@ -130,13 +133,22 @@ class Controller:
             accepted[reqs, nodes + 1],
         )
 
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """Around the walk: its time is counted apart from the forward pass."""
+        start = time.perf_counter()
+        yield
+        self._sample_seconds = time.perf_counter() - start
+        self.counters.seconds["sample"] += self._sample_seconds
+
     def _observe_step(self, num_tokens: int, num_reqs: int) -> None:
         """The target's step with all that happens between two drafts: seconds since the last one ended."""
         clock, now = self._clock, time.perf_counter()
         gap = clock.step - clock.end
         seconds = now - clock.step + (gap if 0 <= gap < IDLE_SECONDS else 0.0)
         self.policy.observe_step(num_tokens, num_reqs, self._context, seconds)
-        self.counters.seconds["target"] += now - clock.forward
+        self.counters.seconds["target"] += now - clock.forward - self._sample_seconds
+        self._sample_seconds = 0.0
         self.counters.seconds["rest"] += gap if 0 <= gap < IDLE_SECONDS else 0.0
 
     # ---- the next drafts
@@ -161,9 +173,9 @@ class Controller:
         lost = np.array([self.progress.lost(req_id) is not None for req_id in req_ids])
         follow = (followed > 0) & ~lost
         limits = np.where(follow, limits, 0)
-        self._context = float(tokens.positions.max()) if len(req_ids) == 1 else _context_of(tokens)
-        num_decoding = int((limits > 0).sum()) or len(req_ids)
-        scope = self.policy.scope(num_decoding, self._context)
+        self._context = _context_of(tokens)
+        # Requests whose prompts are still read will decode, too: a burst is judged by all of them.
+        scope = self.policy.scope(len(req_ids), self._context)
         feed = self._feed(scope, req_ids, follow, limits)
         fed = self.progress.advance(req_ids, tokens, feed, follow)
         if fed is not None:
@@ -199,7 +211,7 @@ class Controller:
         drafting = np.flatnonzero(limits[places] > 0)
         chosen = places[drafting]
         batch = Batch(
-            num_reqs=max(1, int((limits > 0).sum())),
+            num_reqs=len(req_ids),
             context=self._context,
             temperatures=temperatures[chosen],
             limits=limits[chosen],

@@ -8,12 +8,15 @@ from a profile or from the measurement at start-up (``runners/v1.py``), and ever
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from heterospec_vllm.isotonic import isotonic
 from heterospec_vllm.tree import Floats, Ints
 
 TOKEN_KNOTS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096)
@@ -33,13 +36,23 @@ class CostTable:
         self.knots = np.asarray(knots, dtype=np.float64)
         self.seconds = np.maximum.accumulate(np.asarray(seconds, dtype=np.float64))
         self._weight = np.full(self.knots.size, trust)
+        self._x: list[float] = self.knots.tolist()
+        self._y: list[float] = self.seconds.tolist()
 
-    def __call__(self, count: Any) -> Any:
-        """Seconds of ``count`` (a number or an array); linear beyond the last knot."""
-        x = np.asarray(count, dtype=np.float64)
+    def at(self, count: float) -> float:
+        """Seconds of one count; linear beyond the last knot. Many times faster than an array of one."""
+        x, y = self._x, self._y
+        if count <= x[0]:
+            return y[0]
+        low = min(bisect_right(x, count), len(x) - 1) - 1
+        return y[low] + (y[low + 1] - y[low]) * (count - x[low]) / (x[low + 1] - x[low])
+
+    def __call__(self, counts: Any) -> Any:
+        """Seconds of an array of counts; linear beyond the last knot."""
+        x = np.asarray(counts, dtype=np.float64)
         inside = np.interp(x, self.knots, self.seconds)
-        slope = (self.seconds[-1] - self.seconds[-2]) / (self.knots[-1] - self.knots[-2])
-        return inside + slope * np.maximum(x - self.knots[-1], 0.0)
+        slope = (self._y[-1] - self._y[-2]) / (self._x[-1] - self._x[-2])
+        return inside + slope * np.maximum(x - self._x[-1], 0.0)
 
     def observe(self, count: float, seconds: float, floor: float = 0.04) -> None:
         """One measurement: moves the two knots around ``count``, and others as far as order requires.
@@ -47,30 +60,37 @@ class CostTable:
         A measurement counts for at most twice and at least half of what was expected, so that one interrupted step
         cannot undo many. ``floor``: the least share that a new measurement has in a knot.
         """
-        expected = float(self(count))
-        if not np.isfinite(seconds) or seconds <= 0 or expected <= 0:
+        expected = self.at(count)
+        if not math.isfinite(seconds) or seconds <= 0 or expected <= 0:
             return
-        error = min(max(seconds, 0.5 * expected), 2.0 * expected) - expected
-        count = min(max(count, self.knots[0]), self.knots[-1])
-        low = min(int(np.searchsorted(self.knots, count, side="right")) - 1, self.knots.size - 2)
-        share = (count - self.knots[low]) / (self.knots[low + 1] - self.knots[low])
-        shares = np.array([1.0 - share, share])
-        rate = np.maximum(floor, 1.0 / (1.0 + self._weight[low : low + 2]))
-        self._weight[low : low + 2] += shares
-        self.seconds[low : low + 2] += rate * shares / (shares @ shares) * error
-        self._restore_order(low)
+        ratio = min(max(seconds / expected, 0.5), 2.0)
+        x = self._x
+        count = min(max(count, x[0]), x[-1])
+        # Beyond the last knot the same ratio is asked of that knot.
+        error = (ratio - 1.0) * self.at(count)
+        low = min(bisect_right(x, count), len(x) - 1) - 1
+        share = (count - x[low]) / (x[low + 1] - x[low])
+        norm = share**2 + (1.0 - share) ** 2
+        for knot, part in ((low, 1.0 - share), (low + 1, share)):
+            rate = max(floor, 1.0 / (1.0 + self._weight[knot]))
+            self._weight[knot] += part
+            held = self.seconds[knot]
+            # Between steep knots the lower one's share of the error may be more than it holds.
+            self.seconds[knot] = max(held + rate * part / norm * error, 0.5 * held)
+        self._restore_order(low, share)
+        self._y = self.seconds.tolist()
 
-    def _restore_order(self, low: int) -> None:
+    def _restore_order(self, low: int, share: float) -> None:
         """Knots beside the measured ones give way: the new values are the ones that were seen."""
         values = self.seconds
         if values[low] > values[low + 1]:
-            values[low : low + 2] = values[low : low + 2].mean()
+            values[low : low + 2] = (1.0 - share) * values[low] + share * values[low + 1]
         np.maximum.accumulate(values[low + 1 :], out=values[low + 1 :])
         values[: low + 1] = np.minimum.accumulate(values[: low + 1][::-1])[::-1]
 
     def slope(self, count: float, width: float) -> float:
         """Seconds per further token over the next ``width`` tokens."""
-        return float(self(count + width) - self(count)) / width
+        return (self.at(count + width) - self.at(count)) / width
 
 
 @dataclass
@@ -87,14 +107,20 @@ class StepCosts:
     request_seconds: float = 0.0
     context_seconds: float = 0.0
 
-    def step(self, num_tokens: Any, num_reqs: int, context: float) -> Any:
-        """Seconds of a target step over ``num_tokens`` (a number or an array) tokens."""
-        extra = self.request_seconds * num_reqs + self.context_seconds * context
-        return self.verify(num_tokens) + extra
+    def step(self, num_tokens: float, num_reqs: int, context: float) -> float:
+        """Seconds of a target step over ``num_tokens`` tokens."""
+        return self.verify.at(num_tokens) + self.extra(num_reqs, context)
+
+    def steps(self, num_tokens: Ints, num_reqs: int, context: float) -> Floats:
+        """Seconds of target steps over each of several numbers of tokens."""
+        return self.verify(num_tokens) + self.extra(num_reqs, context)
+
+    def extra(self, num_reqs: int, context: float) -> float:
+        """Seconds of a step that do not depend on its tokens."""
+        return self.request_seconds * num_reqs + self.context_seconds * context
 
     def observe_step(self, num_tokens: int, num_reqs: int, context: float, seconds: float) -> None:
-        extra = self.request_seconds * num_reqs + self.context_seconds * context
-        self.verify.observe(num_tokens, seconds - extra)
+        self.verify.observe(num_tokens, seconds - self.extra(num_reqs, context))
 
     def as_dict(self) -> dict[str, Any]:
         tables = {
@@ -129,10 +155,13 @@ def table_from_samples(
     counts: Ints,  # [num_samples]
     seconds: Floats,  # [num_samples]
 ) -> CostTable:
-    """A table through the medians of measured counts; knots between are interpolated, beyond them extended."""
-    where = np.unique(counts)
+    """A table through the medians of measured counts; knots between are interpolated, beyond them extended.
+
+    Where medians fall they are pooled, each with the weight of its measurements (isotonic regression).
+    """
+    where, sizes = np.unique(counts, return_counts=True)
     medians = np.array([np.median(seconds[counts == count]) for count in where])
-    medians = np.maximum.accumulate(medians)
+    medians = isotonic(medians[None], sizes[None].astype(np.float64))[0]
     if where.size == 1:
         return CostTable(knots, np.full(len(knots), medians[0]))
     slope = (medians[-1] - medians[-2]) / (where[-1] - where[-2])

@@ -111,7 +111,7 @@ class HeteroSpecProposer(EagleProposer):
             draft = self._expand(policy, batch, context)
         with CLOCK.span("draft: cut the tree"):
             order = draft.pool.order(self.num_speculative_tokens)
-            survivals = np.take_along_axis(draft.pool.survivals, order, axis=1)
+            survivals = draft.pool.survivals[np.arange(order.shape[0])[:, None], order]
             draft.seconds = time.perf_counter() - start
             num_nodes = policy.propose(batch, survivals, draft.seconds)
             draft.trees = DraftTrees.from_pool(draft.pool, num_nodes, order)
@@ -293,7 +293,9 @@ class HeteroSpecProposer(EagleProposer):
         own_rows = np.full(slots.shape, NO_ROW)
         own_rows[real] = np.arange(num_rows)
         top_k = num_candidates // rows.shape[1]
-        parent_rows = torch.from_numpy(np.take_along_axis(rows, slots // top_k, axis=1)[real])
+        parent_rows = torch.from_numpy(
+            rows[np.arange(rows.shape[0])[:, None], slots // top_k][real]
+        )
         return _Frontier(
             slots=np.where(real, slots, NO_ROW),
             rows=own_rows,
@@ -328,15 +330,15 @@ class HeteroSpecProposer(EagleProposer):
         """Run the head over a frontier: (normed output, output, scratch rows of each node and its ancestors)."""
         num_tokens = frontier.num_rows
         real = frontier.slots >= 0
-        reqs, _ = np.nonzero(real)
-        node_tokens = np.take_along_axis(level_pool.tokens, np.maximum(frontier.slots, 0), axis=1)
+        reqs, places = np.nonzero(real)
+        node_tokens = level_pool.tokens[reqs, frontier.slots[reqs, places]]
         own = torch.arange(first_row, first_row + num_tokens)[:, None]
         tail = torch.cat([frontier.tail, own], dim=1)
         start = np.zeros(real.shape[0] + 1, dtype=np.int32)
         np.cumsum(real.sum(axis=1), out=start[1:])
         # The rotary table ends at the model's length; a draft beyond it is never scheduled.
         positions = (context.positions + level).clamp(max=self.max_model_len - 1)
-        self.input_ids[:num_tokens] = torch.from_numpy(node_tokens[real])
+        self.input_ids[:num_tokens] = torch.from_numpy(node_tokens)
         self.positions[:num_tokens] = positions[torch.from_numpy(reqs)]
         self.hidden_states[:num_tokens] = frontier.hidden
         metadata = DraftLevelMetadata(

@@ -32,9 +32,10 @@ class Parents:
     @classmethod
     def of(cls, slots: Ints, level_pool: CandidatePool, first_column: int) -> Parents:
         at = np.maximum(slots, 0)
+        reqs = np.arange(slots.shape[0])[:, None]
 
         def picked(values):
-            return np.take_along_axis(values, at, axis=1)
+            return values[reqs, at]
 
         return cls(
             columns=first_column + at,
@@ -82,13 +83,8 @@ def level_of(
     parent: Parents,
     meta_entropies: Floats,  # [num_reqs], brought up to date for requests that reached this level
 ) -> Level:
-    top_k = level_pool.tokens.shape[1] // parent.columns.shape[1]
-    local = level_pool.log_probs - np.repeat(parent.log_probs, top_k, axis=1)
-    depths = np.full(level_pool.tokens.shape[1], depth)
-    end = meta_path_end(depths, level_pool.log_probs, local, policy.reading)[:, None]
-    reached = np.take_along_axis(level_pool.survivals, end, axis=1)[:, 0] > 0
-    entropy = np.take_along_axis(level_pool.entropies, end, axis=1)[:, 0]
-    meta_entropies[reached] = entropy[reached]
+    if policy.follows_meta_path:
+        _update_meta_entropies(policy, depth, level_pool, parent, meta_entropies)
     return Level(
         depth=depth,
         log_probs=level_pool.log_probs,
@@ -97,3 +93,20 @@ def level_of(
         strata=level_pool.strata,
         meta_entropies=meta_entropies,
     )
+
+
+def _update_meta_entropies(
+    policy: DraftPolicy,
+    depth: int,
+    level_pool: CandidatePool,
+    parent: Parents,
+    meta_entropies: Floats,
+) -> None:
+    top_k = level_pool.tokens.shape[1] // parent.columns.shape[1]
+    with np.errstate(invalid="ignore"):  # an absent child of an absent parent
+        local = level_pool.log_probs - np.repeat(parent.log_probs, top_k, axis=1)
+    depths = np.full(level_pool.tokens.shape[1], depth)
+    end = meta_path_end(depths, level_pool.log_probs, local, policy.reading)[:, None]
+    reached = np.take_along_axis(level_pool.survivals, end, axis=1)[:, 0] > 0
+    entropy = np.take_along_axis(level_pool.entropies, end, axis=1)[:, 0]
+    meta_entropies[reached] = entropy[reached]

@@ -41,6 +41,9 @@ class MarginalPolicy(DraftPolicy):
         1024,
     )  # steps without speculation between two probes, first and longest
     probe_nodes = 2
+    gain_every = (
+        8  # steps between two looks at whether speculation pays, while the batch stays as it is
+    )
 
     def __init__(
         self,
@@ -60,10 +63,12 @@ class MarginalPolicy(DraftPolicy):
         self._nodes_a_req = 4.0
         self._levels = 1.0  # levels beyond the first, and rows of such a level, per request
         self._rows = 2.0
+        self._num_levels = 0  # of the current draft; with a depth of 1 nothing is ever expanded
+        self._num_rows = 0
         self._probe_wait = self.probe_after
         self._steps_off = 0
         self._probing = False
-        self._pending: list[tuple[NodeFeatures, Floats]] = []
+        self._age, self._gain_reqs = 0, -1
         self._draft_seconds = 0.0
         ranks = np.arange(shape.top_k)
         # How much of a node's survival each child inherits, by temperature, depth, stratum and rank.
@@ -80,11 +85,11 @@ class MarginalPolicy(DraftPolicy):
     def scope(self, num_reqs: int, context: float) -> Scope:
         """Compares what recent trees would earn in this batch with plain decoding."""
         self._probing = False
-        if num_reqs == 0:
-            return "all" if self.on else "none"
-        self.on = hysteresis(
-            self.on, self.gain(num_reqs, context), start=self.start, stop=self.stop
-        )
+        self._age += 1
+        if num_reqs != self._gain_reqs or self._age >= self.gain_every:
+            self._age, self._gain_reqs = 0, num_reqs
+            gain = self.gain(num_reqs, context)
+            self.on = hysteresis(self.on, gain, start=self.start, stop=self.stop)
         if self.on:
             self._steps_off = 0
             self._probe_wait = self.probe_after
@@ -99,14 +104,14 @@ class MarginalPolicy(DraftPolicy):
 
     def gain(self, num_reqs: int, context: float) -> float:
         """Expected rate with speculation relative to plain decoding for a batch of this size."""
-        plain = float(self.costs.step(num_reqs, num_reqs, context))
-        first = float(self.costs.first_pass(num_reqs))
+        plain = self.costs.step(num_reqs, num_reqs, context)
+        first = self.costs.first_pass.at(num_reqs)
         rows = max(1.0, num_reqs * self._rows)
         rates = []
         for curve, levels in ((self.curve, self._levels), (self.first_level_curve, 0.0)):
-            counts = num_reqs * (1.0 + np.arange(curve.size + 1))
-            cost = self.costs.step(counts, num_reqs, context) + first
-            rates.append(expected_rate(curve, num_reqs, cost + levels * self.costs.level(rows)))
+            counts = num_reqs * np.arange(1, curve.size + 2)
+            cost = self.costs.steps(counts, num_reqs, context) + first
+            rates.append(expected_rate(curve, num_reqs, cost + levels * self.costs.level.at(rows)))
         return max(rates) * plain / num_reqs
 
     def prices(self, batch: Batch) -> tuple[float, float]:
@@ -116,7 +121,7 @@ class MarginalPolicy(DraftPolicy):
 
     def price(self, num_reqs: int, context: float) -> float:
         """Tokens per second that a second is worth: plain decoding's rate times the speedup achieved lately."""
-        plain = float(self.costs.step(num_reqs, num_reqs, context))
+        plain = self.costs.step(num_reqs, num_reqs, context)
         return max(1.0, self._speedup) * num_reqs / plain
 
     # ---- a draft
@@ -147,7 +152,7 @@ class MarginalPolicy(DraftPolicy):
             price=price,
             node_seconds=node_seconds,
             row_seconds=self.costs.level.slope(1, max(1, rows - 1)),
-            level_seconds=float(self.costs.level(1)),
+            level_seconds=self.costs.level.at(1),
             beam=self.beam,
         )
         count = int(chosen.sum())
@@ -188,9 +193,7 @@ class MarginalPolicy(DraftPolicy):
         chosen = self._choose(top, limits, batch.num_reqs, batch.num_reqs, batch.context)
         if self._probing:
             return np.minimum(np.maximum(chosen.num_nodes, self.probe_nodes), limits)
-        plain = batch.num_reqs / float(
-            self.costs.step(batch.num_reqs, batch.num_reqs, batch.context)
-        )
+        plain = batch.num_reqs / self.costs.step(batch.num_reqs, batch.num_reqs, batch.context)
         self._speedup += 0.1 * (chosen.rate / plain - self._speedup)
         nodes = chosen.num_nodes.sum() / max(1, batch.num_reqs)
         self._nodes_a_req += 0.1 * (nodes - self._nodes_a_req)
@@ -205,7 +208,7 @@ class MarginalPolicy(DraftPolicy):
         self, survivals: Floats, limits: Ints, other_tokens: int, num_reqs: int, context: float
     ) -> NodeChoice:
         counts = other_tokens + np.arange(int(limits.sum()) + 1)
-        cost = self._draft_seconds + self.costs.step(counts, num_reqs, context)
+        cost = self._draft_seconds + self.costs.steps(counts, num_reqs, context)
         others = max(0, num_reqs - survivals.shape[0])
         self.choice = choose_nodes(survivals, limits, cost, others)
         return self.choice

@@ -70,8 +70,24 @@ class StepCounters:
         self.accepted_per_depth.update(
             {depth: int(n) for depth, n in enumerate((walked.rows > 0).sum(axis=0)) if depth > 0}
         )
+        self._record_strata(trees)
         self.moved_kv_rows += num_moves
         self.steps_compacted_in_place += num_moves == 0
+
+    def _record_strata(self, trees: DraftTrees) -> None:
+        """A tree's stratum is that of the end of its meta-path, which is laid out first."""
+        width = trees.max_nodes
+        if not width:
+            return
+        real = np.arange(width) < trees.num_nodes[:, None]
+        on_path = np.logical_and.accumulate(trees.parents[:, 1:] == np.arange(width), axis=1)
+        end = np.maximum((on_path & real).sum(axis=1) - 1, 0)
+        has_tree = trees.num_nodes > 0
+        tree_strata = trees.strata[np.arange(trees.num_reqs), end][has_tree]
+        depths = trees.depths.max(axis=1)[has_tree]
+        _add(self.nodes_by_stratum, np.bincount(trees.strata[real]))
+        _add(self.trees_by_stratum, np.bincount(tree_strata))
+        _add(self.depth_by_stratum, np.bincount(tree_strata, weights=depths))
 
     def as_dict(self) -> dict[str, Any]:
         """A copy that JSON can hold (as JSON its integer keys become text)."""
@@ -79,3 +95,8 @@ class StepCounters:
         copied = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items()}
         copied["fallbacks"] = {reason: n for reason, n in self.fallbacks.items() if n}
         return copied
+
+
+def _add(counter: Counter[int], counts: Any) -> None:
+    for stratum in np.flatnonzero(counts).tolist():
+        counter[stratum] += int(counts[stratum])

@@ -60,6 +60,7 @@ class DraftPolicy:
     probe_requests = 4  # requests that a probe drafts for
     strata: Strata = DEFAULT_STRATA
     reading: MetaPathReading = "A"
+    follows_meta_path = False  # whether Level.meta_entropies is needed
 
     def __init__(self, shape: TreeShape) -> None:
         self.shape = shape
@@ -78,7 +79,7 @@ class DraftPolicy:
         parent_survivals: Floats,  # [num_drafting, num_candidates]
     ) -> Floats:
         """[num_drafting, num_candidates] what nodes are ranked by, non-increasing along a path; 0 where absent."""
-        probability = np.exp(np.nan_to_num(log_probs, nan=-np.inf, neginf=-np.inf))
+        probability = np.exp(np.fmax(log_probs, -np.inf))  # NaN counts as absent
         return along_paths(probability, parent_survivals)
 
     def expand(self, batch: Batch, level: Level) -> Bools:
@@ -149,6 +150,8 @@ class PlainPolicy(DraftPolicy):
 class PaperPolicy(DraftPolicy):
     """HeteroSpec as printed: the static tree, deeper and pruned where the meta-path's entropy is low."""
 
+    follows_meta_path = True
+
     def __init__(
         self,
         shape: TreeShape,
@@ -185,7 +188,9 @@ class PaperPolicy(DraftPolicy):
         return beam & (level.depth < self._action.depths[:, None])
 
     def propose(self, batch: Batch, survivals: Floats, draft_seconds: float) -> Ints:
-        assert self._action is not None
+        if self._action is None:
+            # No draft came as far as the default depth: the head yields NaN.
+            return super().propose(batch, survivals, draft_seconds)
         present = (survivals > 0).sum(axis=1)
         wanted = np.minimum(self._action.num_nodes, self._max_nodes)
         return np.minimum(np.minimum(batch.limits, wanted), present)

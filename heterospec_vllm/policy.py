@@ -115,13 +115,12 @@ def in_beam(
     beam: int,
 ) -> Bools:
     """[num_reqs, num_candidates] the ``beam`` best of each row; the first of equals."""
-    scores = np.nan_to_num(scores, nan=-np.inf, neginf=-np.inf)
-    present = scores > -np.inf
+    present = scores > -np.inf  # False for NaN
     if scores.shape[1] <= beam:
         return present
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :beam]
+    order = np.argsort(np.where(present, -scores, np.inf), axis=1, kind="stable")[:, :beam]
     chosen = np.zeros(scores.shape, dtype=np.bool_)
-    np.put_along_axis(chosen, order, True, axis=1)
+    chosen[np.arange(scores.shape[0])[:, None], order] = True
     return chosen & present
 
 

@@ -106,7 +106,7 @@ def _replay_batch(
             drafted = _draft(recorded, policy, costs, requests, positions, context)
             accepted, nodes, seconds = drafted.accepted, drafted.nodes, drafted.seconds
             outcome.levels += drafted.levels
-        step = float(costs.step(num_reqs + nodes, num_reqs, context))
+        step = costs.step(num_reqs + nodes, num_reqs, context)
         policy.observe_step(num_reqs + nodes, num_reqs, context, step)
         left = recorded.last[requests] - positions
         advanced = np.minimum(accepted + 1, left)
@@ -141,11 +141,11 @@ def _draft(
         temperatures=recorded.trace.sampled[requests].astype(np.int64),
         limits=np.where(rows >= 0, policy.shape.num_nodes * 2, 0),
     )
-    seconds = float(costs.first_pass(num_reqs))
+    seconds = costs.first_pass.at(num_reqs)
     policy.observe_first_pass(num_reqs, seconds)
     pool, level_rows = expand(recorded, policy, batch, np.maximum(rows, 0), rows >= 0)
     for count in level_rows:
-        level = float(costs.level(count))
+        level = costs.level.at(count)
         policy.observe_level(count, level)
         seconds += level
     order = pool.order(64)
@@ -216,7 +216,7 @@ def expand(
         levels.append(level)
         if depth > 1:
             _observe_children(policy, batch, depth, level, levels[-2], recorded)
-        if depth >= min(policy.max_depth, recorded.max_depth):
+        if depth >= policy.max_depth:
             break
         local = log_probs - np.where(
             parents >= 0, np.take_along_axis(trace.log_probs[rows], above, axis=1), 0
@@ -227,6 +227,8 @@ def expand(
         chosen = policy.expand(
             batch, Level(depth, log_probs, entropies, level.survivals, strata, meta)
         )
+        if depth == recorded.max_depth:
+            break
         # What was not expanded when the trace was taken cannot be expanded now.
         has_children = np.zeros(expanded.shape, dtype=np.bool_)
         following = trace.parents[rows, recorded.columns(depth + 1)].astype(np.int64)
@@ -303,7 +305,7 @@ def _oracle_batch(
         if not num_reqs:
             return
         context = float(positions.sum())
-        plain = float(costs.step(num_reqs, num_reqs, context))
+        plain = costs.step(num_reqs, num_reqs, context)
         rate = price or num_reqs / plain
         best = _hindsight(recorded, policy, costs, requests, positions, context, rate)
         left = recorded.last[requests] - positions
@@ -332,17 +334,17 @@ def _hindsight(
     rows = np.maximum(rows, 0)
     trace = recorded.trace
     none = np.zeros(num_reqs, dtype=np.int64)
-    plain = float(costs.step(num_reqs, num_reqs, context))
+    plain = costs.step(num_reqs, num_reqs, context)
     best = _Drafted(none, 0, plain, 0)
     best_value = num_reqs - rate * plain
     probability = np.exp(np.where(here[:, None], trace.log_probs[rows], -np.inf))
-    seconds = float(costs.first_pass(num_reqs))
+    seconds = costs.first_pass.at(num_reqs)
     for depth in range(1, recorded.max_depth + 1):
         stop = recorded.columns(depth).stop
         if depth > 1:
             parents = trace.parents[rows, recorded.columns(depth)]
             useful = np.unique(parents[here], axis=None)
-            seconds += float(costs.level(min(useful.size, recorded.top_k) * int(here.sum())))
+            seconds += costs.level.at(min(useful.size, recorded.top_k) * int(here.sum()))
         ranked = np.argsort(-probability[:, :stop], axis=1, kind="stable")
         hits = np.take_along_axis(recorded.accepted[rows][:, :stop], ranked, axis=1) & here[:, None]
         # The shortest prefix with m hits ends at the m-th hit: only those lengths can be best.
@@ -354,7 +356,7 @@ def _hindsight(
         count = np.where(worth, at + 1, 0)
         accepted = np.where(worth, gains[np.arange(num_reqs), at], 0)
         total = int(count.sum())
-        cost = seconds + float(costs.step(num_reqs + total, num_reqs, context))
+        cost = seconds + costs.step(num_reqs + total, num_reqs, context)
         gain = num_reqs + int(accepted.sum()) - rate * cost
         if gain > best_value:
             best_value = gain

@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from heterospec_vllm.isotonic import isotonic
 from heterospec_vllm.strata import NUM_STRATA
 from heterospec_vllm.tree import Floats, Ints
 
 # Knots over the log path probability; between two of them S is interpolated.
 KNOTS = -np.array([9.0, 7.0, 5.5, 4.3, 3.4, 2.7, 2.1, 1.6, 1.2, 0.85, 0.55, 0.3, 0.12, 0.03, 0.0])
+_WIDTHS = np.diff(KNOTS)
 MAX_DEPTH = 8  # deeper nodes share the last table
 NUM_TEMPERATURES = 2  # 0: greedy, 1: sampled
 SHAPE = (NUM_TEMPERATURES, MAX_DEPTH, NUM_STRATA, KNOTS.size)
@@ -63,10 +65,11 @@ class SurvivalTables:
         """Survival of each node on its own; use :func:`along_paths` to keep paths non-increasing."""
         low, weight = _place(nodes.log_probs)
         depth = np.minimum(nodes.depths, MAX_DEPTH) - 1
-        table = self.estimate[nodes.temperatures, depth, nodes.strata]
-        below = np.take_along_axis(table, low[..., None], axis=-1)[..., 0]
-        above = np.take_along_axis(table, low[..., None] + 1, axis=-1)[..., 0]
-        return (below + weight * (above - below)).astype(np.float32)
+        cell = (nodes.temperatures * MAX_DEPTH + depth) * NUM_STRATA + nodes.strata
+        at = cell * KNOTS.size + low
+        table = self.estimate.reshape(-1)
+        below = table[at]
+        return below + weight * (table[at + 1] - below)
 
     def observe(self, nodes: NodeFeatures, accepted: Floats) -> None:
         """Verified nodes (flat arrays) and whether each was accepted (0 or 1)."""
@@ -106,7 +109,7 @@ class SurvivalTables:
             level = _sigmoid(_logit(level) + _logit(rate) - _logit(base))
             expected = trials * level
         cells = (hits + self.prior_weight * level) / (trials + self.prior_weight)
-        return monotone(cells)
+        return monotone(cells, trials + self.prior_weight)
 
     def log_loss(self, nodes: NodeFeatures, accepted: Floats) -> float:
         """Mean negative log-likelihood of outcomes, in nats."""
@@ -120,11 +123,19 @@ def default_prior() -> Floats:
     return np.broadcast_to(np.clip(table, 1e-4, 0.97), SHAPE).copy()
 
 
-def monotone(table: Floats) -> Floats:
-    """Rising along the path probability (last axis): the mean of the nearest bounds from above and below."""
-    upper = np.maximum.accumulate(table, axis=-1)
-    lower = np.minimum.accumulate(table[..., ::-1], axis=-1)[..., ::-1]
-    return np.clip(0.5 * (upper + lower), 1e-4, 0.995)
+def monotone(
+    table: Floats,  # [..., num_knots]
+    weights: Floats,  # the same shape, > 0: observations behind each value
+) -> Floats:
+    """Rising along the path probability (last axis), the nearest to the table in weighted squares.
+
+    Values that fall are pooled by weight: a cell that was never seen gives way to one that was seen often.
+    """
+    rows = table.reshape(-1, table.shape[-1]).copy()
+    falling = (np.diff(rows, axis=1) < 0).any(axis=1)
+    if falling.any():
+        rows[falling] = isotonic(rows[falling], weights.reshape(rows.shape)[falling])
+    return np.clip(rows.reshape(table.shape), 1e-4, 0.995)
 
 
 def along_paths(
@@ -142,9 +153,9 @@ def log_loss(probability: Floats, accepted: Floats) -> float:
 
 def _place(log_probs: Floats) -> tuple[Ints, Floats]:
     """The knot below each value and how far it is on the way to the next, 0 to 1."""
-    x = np.clip(np.nan_to_num(log_probs, nan=KNOTS[0], neginf=KNOTS[0]), KNOTS[0], KNOTS[-1])
-    low = np.clip(np.searchsorted(KNOTS, x, side="right") - 1, 0, KNOTS.size - 2)
-    return low, (x - KNOTS[low]) / (KNOTS[low + 1] - KNOTS[low])
+    x = np.fmin(np.fmax(log_probs, KNOTS[0]), KNOTS[-1])  # NaN becomes the lowest knot
+    low = np.minimum(np.searchsorted(KNOTS, x, side="right") - 1, KNOTS.size - 2)
+    return low, (x - KNOTS[low]) / _WIDTHS[low]
 
 
 def _logit(p: Floats) -> Floats:

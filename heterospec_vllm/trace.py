@@ -16,6 +16,8 @@ Columns of the file (``heterospec calibrate --trace``; numpy ``.npz``):
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +26,11 @@ import numpy as np
 from heterospec_vllm.policies import Batch, DraftPolicy, Scope
 from heterospec_vllm.policy import TreeShape
 from heterospec_vllm.tree import CandidatePool, Floats, Ints
+
+# What numpy raises for files that are empty, cut short, damaged, of another kind or with other columns.
+_UNREADABLE = (
+    OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 
 
 class TracePolicy(DraftPolicy):
@@ -130,7 +137,7 @@ class Trace:
         try:
             with np.load(path, allow_pickle=False) as file:
                 return cls(**{name: file[name] for name in cls.__dataclass_fields__})
-        except (OSError, ValueError, KeyError) as error:
+        except _UNREADABLE as error:
             raise ValueError(
                 f"trace: found no readable trace at {path} ({error}), "
                 "allowed: a file written by `heterospec calibrate --trace`"

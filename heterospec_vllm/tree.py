@@ -49,7 +49,7 @@ class CandidatePool:
         The sort is stable and a child never survives its parent, so every prefix is connected.
         """
         # NaN (a poisoned head) must sort last, never first.
-        key = -np.nan_to_num(self.survivals, nan=0.0)
+        key = -np.fmax(self.survivals, 0.0)
         return np.argsort(key, axis=1, kind="stable")[:, :width]
 
     @classmethod

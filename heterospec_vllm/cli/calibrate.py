@@ -17,7 +17,6 @@ from rich.table import Table
 
 from heterospec_vllm.prompts import BUILT_IN, texts_of
 
-BATCHES = (1, 2, 4, 8, 16, 32, 64)
 # (nodes, depth, top_k) whose steps are timed; 0 nodes is plain decoding
 TREES = ((0, 1, 1), (2, 1, 2), (4, 2, 4), (8, 2, 4), (16, 3, 8))
 MOST_TOKENS = 600  # of a timed step
@@ -46,6 +45,9 @@ def calibrate(
     sampled: Annotated[
         bool, typer.Option(help="Answer every prompt a second time, at temperature 1.")
     ] = True,
+    timed_batches: Annotated[
+        str, typer.Option(help="Batch sizes whose steps are timed, comma-separated.")
+    ] = "1,2,4,8,16,32,64",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     max_model_len: Annotated[int, typer.Option(help="Engine's max_model_len.")] = 2048,
     trace: Annotated[
@@ -67,12 +69,13 @@ def calibrate(
         texts = [text for path in prompts for text in texts_of(path)] if prompts else list(BUILT_IN)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--prompts") from error
-    llm = _engine(target, head, dtype, max_model_len, depth, top_k, max(batch, BATCHES[-1]))
+    sizes = _sizes(timed_batches)
+    llm = _engine(target, head, dtype, max_model_len, depth, top_k, max(batch, *sizes))
     ids = _token_ids(llm, texts, max_model_len - tokens - 1)
     recorded = _trace(llm, ids, tokens, batch, sampled)
     if trace is not None:
         recorded.save(trace)
-    samples = _time_steps(llm, ids)
+    samples = _time_steps(llm, ids, sizes)
 
     from heterospec_vllm import calibration
     from heterospec_vllm.simulate import Replay
@@ -88,6 +91,16 @@ def calibrate(
     calibration.draw_reliability(fit.held_out, fit.survivals, picture)
     _print(console, fit, costs)
     console.print(f"profile: {output}   reliability diagram: {picture}")
+
+
+def _sizes(text: str) -> list[int]:
+    sizes = [int(part) for part in text.split(",") if part.strip().isdigit()]
+    if not sizes or min(sizes) < 1 or len(sizes) != len(text.split(",")):
+        raise typer.BadParameter(
+            f"found '{text}', allowed: positive integers, comma-separated",
+            param_hint="--timed-batches",
+        )
+    return sizes
 
 
 def _engine(target, head, dtype: str, max_model_len: int, depth: int, top_k: int, most: int) -> Any:
@@ -162,16 +175,16 @@ def _trace(llm: Any, ids: list[list[int]], tokens: int, batch: int, sampled: boo
     )
 
 
-def _time_steps(llm: Any, ids: list[list[int]]) -> list[dict[str, list]]:
+def _time_steps(llm: Any, ids: list[list[int]], sizes: list[int]) -> list[dict[str, list]]:
     """What steps cost, over batch sizes and trees; prompts are cut so that decoding is what is timed."""
     from vllm import SamplingParams
 
     plans = [
-        (size, tree) for size in BATCHES for tree in TREES if size * (1 + tree[0]) <= MOST_TOKENS
+        (size, tree) for size in sizes for tree in TREES if size * (1 + tree[0]) <= MOST_TOKENS
     ]
     samples = []
     for size, (nodes, depth, top_k) in track(plans, description="timing "):
-        part = [{"prompt_token_ids": one[:256]} for one in islice(cycle(ids), size)]
+        part = [{"prompt_token_ids": one[:48]} for one in islice(cycle(ids), size)]
         params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
         time.sleep(0.2)
         llm.collective_rpc("heterospec_record_costs", args=(nodes, depth, top_k))
@@ -227,6 +240,6 @@ def _print(console: Console, fit, costs) -> None:
     for column in ("tokens or nodes", "target step", "head over true tokens", "draft level"):
         table.add_column(column, justify="right")
     for count in (1, 4, 8, 16, 32, 64):
-        cells = (costs.step(count, 1, 0), costs.first_pass(count), costs.level(count))
-        table.add_row(str(count), *(f"{1e3 * float(cell):.2f}" for cell in cells))
+        cells = (costs.step(count, 1, 0), costs.first_pass.at(count), costs.level.at(count))
+        table.add_row(str(count), *(f"{1e3 * cell:.2f}" for cell in cells))
     console.print(table)

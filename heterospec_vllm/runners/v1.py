@@ -269,6 +269,10 @@ class HeteroSpecCPUModelRunner(CPUModelRunner):
     def _sample(
         self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None
     ) -> SamplerOutput:
+        with self.controller.sampling():
+            return self._walk_or_sample(logits)
+
+    def _walk_or_sample(self, logits: torch.Tensor | None) -> SamplerOutput:
         step = self._step
         metadata = self._without_discarded_generators()
         if step.trees is None:

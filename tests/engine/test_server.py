@@ -43,6 +43,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
             {
                 "method": "heterospec",
                 "model": str(check_head(shipped_head())),
+                "policy": "static",  # its trees do not depend on how busy the machine is
                 "num_speculative_tokens": 8,
                 "max_depth": 4,
                 "top_k": 4,
@@ -105,6 +106,20 @@ def test_streamed_answers_are_plain_decodings_and_trees_were_accepted(client, se
     plain = [_text(client, server, q, extra_body=PLAIN) for q in QUESTIONS]
     assert server.counters() == after  # switched off: nothing was drafted
     assert answers == plain
+
+
+def test_metrics_are_served(client, server) -> None:
+    before = _metric(server, "heterospec_accepted_nodes_total")
+    assert _text(client, server, QUESTIONS[0])
+    assert _metric(server, "heterospec_accepted_nodes_total") > before
+    assert _metric(server, "heterospec_steps_total") > 0
+    assert _metric(server, 'heterospec_step_seconds_total{part="draft"}') > 0
+
+
+def _metric(server: VllmServer, name: str) -> float:
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=30) as answer:
+        lines = answer.read().decode().splitlines()
+    return float(next(x.split()[-1] for x in lines if x.startswith(name)))
 
 
 def test_seeded_sampling_and_logprobs(client, server) -> None:

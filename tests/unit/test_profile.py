@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibration profiles: the file and its faults, whom a profile fits, the policies that are made with one."""
+
+import copy
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_drafter import step_costs
+from safetensors.numpy import save_file
+
+from heterospec_vllm import profile as profiles
+from heterospec_vllm.config import METHOD, ConfigSource, HeteroSpecConfig, parse
+from heterospec_vllm.marginal import MarginalPolicy, make_policy
+from heterospec_vllm.policies import DraftPolicy, PaperPolicy, PlainPolicy
+from heterospec_vllm.profile import (
+    Profile,
+    fingerprint,
+    load_profile,
+    machine_name,
+    misfit_reason,
+    shipped_profile,
+)
+from heterospec_vllm.survival import SHAPE, NodeFeatures
+
+SURVIVALS = np.round(np.broadcast_to(np.linspace(0.01, 0.9, SHAPE[-1]), SHAPE), 3)
+
+
+def content(**changes: Any) -> dict[str, Any]:
+    return {
+        "version": 1,
+        "target": "name:target",
+        "head": "name:head",
+        "machine": "a machine",
+        "edges": [[0.5, 1.0], [1.0, 2.0, 3.0]],
+        "paper_depth": 6,
+        "paper_edges": [2.0, 4.0, 7.0],
+        "survivals": SURVIVALS.tolist(),
+        "costs": step_costs().as_dict(),
+        **changes,
+    }
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "profile.json"
+
+
+# ---- the file
+
+
+def test_a_profile_survives_the_file(file: Path) -> None:
+    made = Profile.model_validate(content(created="today", versions={"vllm": "1"}))
+    made.save(file)
+    again = load_profile(file)
+    assert again == made
+    assert again.strata.edges == ((0.5, 1.0), (1.0, 2.0, 3.0))
+    assert (again.survival_table == SURVIVALS).all()
+    assert [path.name for path in file.parent.iterdir()] == [file.name], "no part is left behind"
+
+
+def change(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    """Sets what a dotted path leads to."""
+
+    def apply(held: Any) -> None:
+        *above, last = (int(key) if key.isdigit() else key for key in path.split("."))
+        for key in above:
+            held = held[key]
+        held[last] = value
+
+    return apply
+
+
+def without(path: str) -> Callable[[dict[str, Any]], None]:
+    def apply(held: Any) -> None:
+        *above, last = path.split(".")
+        for key in above:
+            held = held[key]
+        del held[last]
+
+    return apply
+
+
+VERIFY = step_costs().as_dict()["verify"]
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("fault", "found"),
+    [
+        (without("paper_edges"), "found nothing for paper_edges"),
+        (without("costs.level.knots"), "found nothing for costs.level.knots"),
+        (without("version"), "found the profile version None"),
+        (change("version", 2), "found the profile version 2 in .* allowed: 1"),
+        (change("surprise", 1), "found 1 for surprise"),
+        (change("edges.1.0", NAN), "found nan for edges.1.0"),
+        (change("survivals.0.0.0.0", NAN), "found nan for survivals.0.0.0.0"),
+        (change("survivals.0.0.0.0", 1.5), "found 1.5 for survivals.0.0.0.0"),
+        (change("survivals.0.0.0.0", "x"), "found 'x' for survivals.0.0.0.0"),
+        (change("survivals", [[[[0.5]]]]), r"shape \[2, 8, 8, 15\], found \[1, 1, 1, 1\]"),
+        (change("survivals.1", SURVIVALS[1].tolist()[:7]), r"shape \[2, 8, 8, 15\], found \[\]"),
+        (change("edges.1", [1.0, 1.0]), "for edges.1 .*edges must rise"),
+        (change("edges.0", [2.0, 1.0]), "for edges.0 .*edges must rise"),
+        (change("paper_edges", [3.0, 2.0]), "for paper_edges .*edges must rise"),
+        (change("paper_edges", list(range(8))), "for paper_edges .*at most 7 edges"),
+        (change("edges", []), "for edges"),
+        (change("costs.verify.seconds.3", 1e-9), "for costs.verify .*seconds must not fall"),
+        (change("costs.verify.seconds.0", 0.0), "found 0.0 for costs.verify.seconds.0"),
+        (change("costs.verify.seconds.0", NAN), "found nan for costs.verify.seconds.0"),
+        (change("costs.verify.seconds", VERIFY["seconds"][:3]), "as many seconds as knots"),
+        (change("costs.verify.knots.1", 1), "for costs.verify .*knots must rise"),
+        (change("costs.request_seconds", -1.0), "found -1.0 for costs.request_seconds"),
+        (change("target", ""), "found '' for target"),
+    ],
+)
+def test_a_broken_profile_is_refused_by_name(
+    fault: Callable[[dict[str, Any]], None], found: str, file: Path
+) -> None:
+    broken = copy.deepcopy(content())
+    fault(broken)
+    file.write_text(json.dumps(broken))
+    with pytest.raises(ValueError, match=found) as raised:
+        load_profile(file)
+    message = str(raised.value)
+    assert message.startswith("speculative_config.profile: found ")
+    assert str(file) in message and ", allowed: " in message and "\n" not in message
+    assert len(message) < 400
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (None, "no readable file"),
+        ("{", "invalid JSON"),
+        ("[1]", r"\[1\] \(list\)"),
+        (b"\xff\xfe\x00", "bytes that are not UTF-8"),
+    ],
+)
+def test_an_unreadable_profile_is_refused(text: str | bytes | None, found: str, file: Path) -> None:
+    if text is not None:
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=f"profile: found {found}.*{re.escape(str(file))}"):
+        load_profile(file)
+
+
+def test_the_config_refuses_a_broken_profile_and_finds_one_beside_it(file: Path) -> None:
+    options = {"method": METHOD, "model": "org/head", "profile": file.name}
+    with pytest.raises(ValueError, match="profile: found no readable file"):
+        parse(ConfigSource(options, file.with_name("heterospec.json")))
+    Profile.model_validate(content()).save(file)
+    config = parse(ConfigSource(options, file.with_name("heterospec.json")))
+    assert config.profile == str(file)
+
+
+# ---- whom it fits
+
+
+def weights(folder: Path, value: float, name: str = "model.safetensors") -> str:
+    folder.mkdir(exist_ok=True)
+    save_file({"w": np.full(1000, value, dtype=np.float32)}, folder / name)
+    return str(folder)
+
+
+def test_a_fingerprint_names_the_weights_not_the_place(tmp_path: Path) -> None:
+    one = fingerprint(weights(tmp_path / "a", 1.0))
+    assert one == fingerprint(weights(tmp_path / "b", 1.0))
+    assert one != fingerprint(weights(tmp_path / "c", 2.0))
+    assert re.fullmatch("sha256:[0-9a-f]{32}", one)
+    (tmp_path / "a" / "config.json").write_text("{}")
+    assert fingerprint(str(tmp_path / "a")) == one
+    weights(tmp_path / "a", 1.0, "more.safetensors")
+    assert fingerprint(str(tmp_path / "a")) != one
+
+
+def test_a_model_that_is_not_here_goes_by_its_name(tmp_path: Path) -> None:
+    assert fingerprint("nobody/has-this-model") == "name:nobody/has-this-model"
+    (tmp_path / "empty").mkdir()
+    assert fingerprint(str(tmp_path / "empty")) == f"name:{tmp_path / 'empty'}"
+
+
+def test_old_style_weights_have_a_fingerprint(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"1234")
+    assert fingerprint(str(tmp_path)).startswith("sha256:")
+
+
+def test_a_profile_of_another_pair_is_told(tmp_path: Path) -> None:
+    target, head = weights(tmp_path / "target", 1.0), weights(tmp_path / "head", 2.0)
+    other = weights(tmp_path / "other", 3.0)
+    fit = Profile.model_validate(content(target=fingerprint(target), head=fingerprint(head)))
+    assert misfit_reason(fit, target, head) is None
+    for name, pair in (("target", (other, head)), ("head", (target, other))):
+        reason = misfit_reason(fit, *pair)
+        assert reason is not None and f"made for another {name}" in reason
+        assert fingerprint(other) in reason and "heterospec calibrate" in reason
+
+
+def test_a_shipped_profile_is_found_by_its_pair(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped = tmp_path / "profiles"
+    shipped.mkdir()
+    monkeypatch.setattr(profiles, "SHIPPED", shipped)
+    monkeypatch.setattr(profiles, "_SHIPPED_IN_CHECKOUT", tmp_path / "none")
+    target, head = weights(tmp_path / "target", 1.0), weights(tmp_path / "head", 2.0)
+    (shipped / "a-broken.json").write_text("{")
+    Profile.model_validate(content()).save(shipped / "b-other.json")
+    assert shipped_profile(target, head) is None
+    fit = content(target=fingerprint(target), head=fingerprint(head))
+    Profile.model_validate(fit).save(shipped / "c-ours.json")
+    assert shipped_profile(target, head) == shipped / "c-ours.json"
+
+
+def test_the_machine_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert re.fullmatch(r".+, 3 threads", machine_name())
+
+
+# ---- the policies made with it
+
+
+def config(policy: str, **options: Any) -> HeteroSpecConfig:
+    return HeteroSpecConfig(method="heterospec", model="head", policy=policy, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "num_nodes"),
+    [
+        ("plain", PlainPolicy, 12),
+        ("chain", DraftPolicy, 6),
+        ("static", DraftPolicy, 12),
+        ("paper", PaperPolicy, 12),
+        ("marginal", MarginalPolicy, 12),
+    ],
+)
+def test_a_config_names_its_policy(name: str, kind: type, num_nodes: int) -> None:
+    policy = make_policy(config(name), 12, None, step_costs())
+    assert type(policy) is kind
+    assert policy.shape.num_nodes == num_nodes, "no more than vLLM makes room for"
+    assert policy.shape.top_k == (1 if name == "chain" else 8)
+
+
+def test_paper_takes_its_options_and_the_profile_s_edges() -> None:
+    fitted = Profile.model_validate(content())
+    options = {"meta_path": "B", "paper_first_index": 1}
+    policy = make_policy(config("paper", **options), 16, fitted, None)
+    assert isinstance(policy, PaperPolicy)
+    assert policy.reading == "B" and policy._first_index == 1
+    assert policy._edges.tolist() == fitted.paper_edges
+    policy = make_policy(config("paper"), 16, None, None)
+    assert isinstance(policy, PaperPolicy) and policy._edges.size == 7
+
+
+def test_marginal_starts_from_the_profile() -> None:
+    fitted = Profile.model_validate(content())
+    policy = make_policy(config("marginal"), 16, fitted, step_costs())
+    assert isinstance(policy, MarginalPolicy)
+    assert policy.strata == fitted.strata
+    one = np.zeros(1, dtype=np.int64)
+    found = policy.tables.predict(NodeFeatures(np.zeros(1), one + 1, one, one))
+    assert found.tolist() == pytest.approx([0.9])
