@@ -18,7 +18,7 @@ import typer
 from engines import Engine, Load, Run
 from rich.console import Console
 from rich.table import Table
-from runs import MAX_MODEL_LEN, System, interleave, measure, prompts
+from runs import MAX_MODEL_LEN, System, chat_ids, interleave, measure, prompts
 
 OURS: dict[str, dict[str, Any]] = {
     "off": {"policy": "plain"},
@@ -31,6 +31,18 @@ OURS: dict[str, dict[str, Any]] = {
     },
     "paper": {"policy": "paper", "num_speculative_tokens": 8, "max_depth": 3, "top_k": 4},
 }  # fmt: skip
+
+
+REPETITIVE = (
+    "Count from 1 to 60, separated by commas.",
+    "Write the word 'hello' forty times.",
+    "List the numbers from 100 down to 50.",
+    "Repeat this sentence twenty times: The quick brown fox jumps over the lazy dog.",
+    "Write out the multiplication table of seven, from 7 x 1 to 7 x 30.",
+    "Write the alphabet ten times, one letter after the other.",
+    "List all months of the years 2020 to 2024, each with its year.",
+    "Print the powers of two from 2^1 to 2^40.",
+)
 
 
 def systems(chains: list[int], ours: list[str]) -> list[System]:
@@ -77,6 +89,9 @@ def main(
     tokens: Annotated[int, typer.Option(help="Tokens an answer.")] = 64,
     per_file: Annotated[int, typer.Option(help="Prompts of each file in a batch-1 run.")] = 1,
     temperature: Annotated[float, typer.Option(help="Above 0: seeded sampling.")] = 0.0,
+    loads: Annotated[
+        str, typer.Option(help="Further loads: mixed, prefill, rising; comma-separated or empty.")
+    ] = "",
     profile: Annotated[Path | None, typer.Option(help="Calibration profile of the pair.")] = None,
 ) -> None:
     console = Console(width=140)
@@ -92,18 +107,43 @@ def main(
             if size == 1:
                 # a run for each file, so that no file can hide behind another
                 for path, one in zip(prompt_files, files, strict=True):
-                    load = Load(one[:per_file], 1, tokens, temperature)
+                    load = Load(one[:per_file], 1, tokens, temperature=temperature)
                     label = f"{path.stem}, T={temperature}"
                     runs = measure(console, loaded, load, rounds, output, what, label)
                     best.append((size, _speeds(runs)))
             else:
-                load = Load(interleave(files, size), size, tokens, temperature)
+                load = Load(interleave(files, size), size, tokens, temperature=temperature)
                 runs = measure(console, loaded, load, rounds, output, what, f"T={temperature}")
                 best.append((size, _speeds(runs)))
+            _summary(console, best)
+        what = systems(ks, ours.split(","))
+        for name in filter(None, loads.split(",")):
+            load = further_load(name, target, files, max(sizes), tokens, temperature)
+            runs = measure(console, loaded, load, rounds, output, what, f"{name}, T={temperature}")
+            best.append((load.batch, _speeds(runs)))
             _summary(console, best)
     finally:
         for engine in loaded.values():
             engine.close()
+
+
+def further_load(
+    name: str, target: str, files: list[list[list[int]]], most: int, tokens: int, temperature: float
+) -> Load:
+    """mixed: half repetitive, half open-ended, batch 8. prefill: long prompts, 8 tokens, batch 16. rising: 1 to most
+    and back to 1."""
+    if name == "mixed":
+        repetitive = chat_ids(target, list(REPETITIVE))
+        chosen = interleave([repetitive, interleave(files, 8)], 16)
+        return Load(chosen, 8, tokens, temperature=temperature)
+    if name == "prefill":
+        long = interleave([sorted(one, key=len, reverse=True)[:4] for one in files], 16)
+        return Load(long, 16, 8, temperature=temperature)
+    if name == "rising":
+        up = [size for size in (1, 4, 16, 64) if size <= most]
+        phases = (*up, *up[-2::-1])
+        return Load(interleave(files, most), most, tokens, phases, temperature)
+    raise typer.BadParameter(f"found '{name}', allowed: mixed, prefill, rising")
 
 
 def _speeds(runs: dict[str, list[Run]]) -> dict[str, list[float]]:

@@ -21,6 +21,7 @@ class Load:
     prompts: list[list[int]] = field(repr=False)
     batch: int
     max_tokens: int
+    phases: tuple[int, ...] = ()  # batch sizes one after the other instead of one; prompts go round
     temperature: float = 0.0  # above 0 every prompt has a seed of its own
 
 
@@ -107,12 +108,24 @@ def _timed(llm: Any, load: Load, policy: dict[str, Any] | None, ours: bool) -> R
         for number in range(len(load.prompts))
     ]
     outputs = []
+    batches = _batches(load)
     start = time.perf_counter()
-    for first in range(0, len(load.prompts), load.batch):
-        part = [{"prompt_token_ids": p} for p in load.prompts[first : first + load.batch]]
-        chosen = params[first : first + load.batch]
-        outputs += llm.generate(part, chosen, use_tqdm=False)
+    for numbers in batches:
+        part = [{"prompt_token_ids": load.prompts[n]} for n in numbers]
+        outputs += llm.generate(part, [params[n] for n in numbers], use_tqdm=False)
     seconds = time.perf_counter() - start
     token_ids = [list(output.outputs[0].token_ids) for output in outputs]
     counters = llm.collective_rpc("heterospec_counters")[0] if ours else None
     return Run(seconds, sum(map(len, token_ids)), token_ids, counters)
+
+
+def _batches(load: Load) -> list[list[int]]:
+    """Prompt numbers of each call."""
+    count = len(load.prompts)
+    if load.phases:
+        starts = [sum(load.phases[:i]) for i in range(len(load.phases))]
+        return [
+            [(start + n) % count for n in range(size)]
+            for start, size in zip(starts, load.phases, strict=True)
+        ]
+    return [list(range(i, min(i + load.batch, count))) for i in range(0, count, load.batch)]

@@ -28,6 +28,11 @@ System = tuple[str, str, dict[str, Any] | None]  # name, engine, policy
 
 def prompts(target: str, files: list[Path]) -> list[list[list[int]]]:
     """Chat-formatted token ids, a list for each file."""
+    return [chat_ids(target, texts_of(f)[:16]) for f in files]
+
+
+def chat_ids(target: str, texts: list[str]) -> list[list[int]]:
+    """Token ids of user messages."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(target)
@@ -38,7 +43,7 @@ def prompts(target: str, files: list[Path]) -> list[list[list[int]]]:
             [message], add_generation_prompt=True, return_dict=False
         )[: MAX_MODEL_LEN - 256]
 
-    return [[ids(text) for text in texts_of(f)[:16]] for f in files]
+    return [ids(text) for text in texts]
 
 
 def interleave(files: list[list[list[int]]], count: int) -> list[list[int]]:

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tiny_folders import HEAD, write_head, write_target
 from vllm.engine.arg_utils import EngineArgs
@@ -16,6 +17,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from heterospec_vllm import compat
 from heterospec_vllm.config import CONFIG_FILE_KEY, METHOD
 from heterospec_vllm.plugin import register
+from heterospec_vllm.survival import SHAPE
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -58,8 +60,9 @@ def assert_names(message: str, *parts: str) -> None:
     [
         ({"polcy": "static"}, ["unknown key 'polcy'", "did you mean 'policy'?", "max_depth"]),
         ({"temperature": 1}, ["unknown key 'temperature'", "allowed: method, model"]),
-        ({"policy": "paper"}, [".policy", "'paper'", "'plain', 'chain', 'static'"]),
-        ({"policy": "marginal"}, [".policy", "'marginal'", "'plain', 'chain', 'static'"]),
+        ({"policy": "eager"}, [".policy", "'eager'", "'plain', 'chain', 'static', 'paper'"]),
+        ({"paper_first_index": 2}, [".paper_first_index", "found 2"]),
+        ({"meta_path": "C"}, [".meta_path", "'C'", "'A', 'B'"]),
         ({"num_speculative_tokens": 0}, [".num_speculative_tokens", "found 0", "from 1 to 63"]),
         ({"num_speculative_tokens": 64}, [".num_speculative_tokens", "found 64", "from 1 to 63"]),
         ({"num_speculative_tokens": "6"}, [".num_speculative_tokens", "'6' (str)", "an integer"]),
@@ -82,13 +85,53 @@ def test_missing_model(target: Path) -> None:
     assert_names(message, "speculative_config.model", "found nothing", "EAGLE-3 head")
 
 
-def test_a_profile_is_refused_by_policies_that_use_none(
-    target: Path, head: Path, tmp_path: Path
-) -> None:
-    profile = tmp_path / "profile.json"
-    profile.write_text("{}")
-    message = refusal(target, options(head, profile=str(profile)))
-    assert_names(message, "speculative_config.profile", str(profile), "null", "'static'")
+def _profile(**changes: Any) -> dict[str, Any]:
+    """A whole profile, for weights that nobody has."""
+    table = {"knots": [1, 64], "seconds": [0.01, 0.02]}
+    survivals = np.full(SHAPE, 0.5).tolist()
+    whole = {
+        "version": 1,
+        "target": "sha256:0",
+        "head": "sha256:1",
+        "machine": "elsewhere",
+        "edges": [[0.5, 1.0]],
+        "paper_depth": 2,
+        "paper_edges": [0.5],
+        "survivals": survivals,
+        "costs": {
+            "verify": table,
+            "first_pass": table,
+            "level": table,
+            "request_seconds": 0.0,
+            "context_seconds": 0.0,
+        },
+    }
+    return {**whole, **changes}
+
+
+COSTS = _profile()["costs"]
+FALLING = {**COSTS, "verify": {"knots": [1, 64], "seconds": [0.02, 0.01]}}
+
+
+@pytest.mark.parametrize(
+    ("profile", "parts"),
+    [
+        (_profile(), ["another target", "sha256:0", "heterospec calibrate"]),
+        (_profile(version=2), ["version 2", "allowed: 1"]),
+        ({k: v for k, v in _profile().items() if k != "edges"}, ["nothing for edges"]),
+        (_profile(edges=[[1.0, 0.5]]), ["edges.0", "rise"]),
+        (_profile(paper_edges=[float("nan")]), ["paper_edges.0", "finite"]),
+        (_profile(survivals=[[[[0.5]]]]), ["survivals"]),
+        (_profile(costs=FALLING), ["costs.verify", "must not fall"]),
+        (_profile(extra=1), ["extra"]),
+        ([1], ["found [1] (list)"]),
+    ],
+)
+def test_profile(target: Path, head: Path, tmp_path: Path, profile: Any, parts: list[str]) -> None:
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps(profile))
+    message = refusal(target, options(head, profile=str(path)))
+    assert_names(message, "speculative_config.profile", *parts)
 
 
 def test_each_fault_is_one_line(target: Path, head: Path) -> None:
