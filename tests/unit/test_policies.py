@@ -95,10 +95,10 @@ def test_paper_goes_deeper_and_prunes_where_it_is_sure(
     """N = 17 with the root, alpha = 3; strata 0, 2 and 3: 0.3 N rounded + 3 - i, N + 3 - i, N."""
     policy = PaperPolicy(SHAPE, EDGES, max_nodes=63, first_index=first_index)
     assert policy.max_depth == 9
-    for _ in range(2):  # nothing of a draft is left to the next
-        drafted = draft(policy, batch_of(3), each(SURE, FAIR, UNSURE))
-        assert depths_of(drafted) == depths
-        assert drafted.trees.num_nodes.tolist() == budgets
+    for size in (3, 2, 3):  # nothing of a draft is left to the next
+        drafted = draft(policy, batch_of(size), each(SURE, FAIR, UNSURE))
+        assert depths_of(drafted) == depths[:size]
+        assert drafted.trees.num_nodes.tolist() == budgets[:size]
 
 
 def test_paper_stays_within_the_room_that_vllm_makes() -> None:
@@ -121,6 +121,13 @@ def marginal(**costs: float) -> MarginalPolicy:
     policy = MarginalPolicy(SHAPE, step_costs(**costs))
     policy.gain_every = 1
     return policy
+
+
+def test_no_more_nodes_are_handed_over_than_there_are() -> None:
+    batch, survivals = batch_of(2), np.array([[0.9, 0.0, 0.0], [0.9, 0.8, 0.7]])
+    assert DraftPolicy(SHAPE).propose(batch, survivals, 0.0).tolist() == [1, 3]
+    free = marginal(node=0.0)
+    assert free.propose(batch, survivals, 0.0).tolist() == [1, 3]
 
 
 @pytest.mark.parametrize("depth", [1, 2, 6])

@@ -5,13 +5,14 @@ import dataclasses
 from typing import Any
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from heterospec_vllm.cache import plan_moves
 from heterospec_vllm.tree import NO_ROW, CandidatePool, DraftTrees
 from heterospec_vllm.verify import walk
 
+few = settings(max_examples=60, deadline=None)
 VOCAB = 12
 
 
@@ -97,6 +98,7 @@ def _nodes_of(tree: DraftTrees, req: int) -> dict[tuple[int, ...], tuple[float, 
     }
 
 
+@few
 @given(pools(), st.data())
 def test_a_cut_tree_is_connected_and_best(pool: CandidatePool, data: st.DataObject) -> None:
     num_reqs = pool.tokens.shape[0]
@@ -123,6 +125,7 @@ def test_a_cut_tree_is_connected_and_best(pool: CandidatePool, data: st.DataObje
                 )
 
 
+@few
 @given(pools(), st.data())
 def test_an_order_at_hand_changes_nothing(pool: CandidatePool, data: st.DataObject) -> None:
     most = np.array([data.draw(st.integers(0, 20)) for _ in range(pool.tokens.shape[0])])
@@ -132,6 +135,7 @@ def test_an_order_at_hand_changes_nothing(pool: CandidatePool, data: st.DataObje
         np.testing.assert_array_equal(getattr(cut, field.name), getattr(again, field.name))
 
 
+@few
 @given(pools(), st.data())
 def test_the_meta_path_comes_first(pool: CandidatePool, data: st.DataObject) -> None:
     """From the root always to the best child; every node stays what it was, the others in their order."""
@@ -154,6 +158,7 @@ def test_the_meta_path_comes_first(pool: CandidatePool, data: st.DataObject) -> 
         assert list(after) == meta + others
 
 
+@few
 @given(trees(), st.data())
 def test_any_prefix_is_a_tree(tree: DraftTrees, data: st.DataObject) -> None:
     reqs = np.array(data.draw(st.permutations(range(tree.num_reqs))))
@@ -165,6 +170,7 @@ def test_any_prefix_is_a_tree(tree: DraftTrees, data: st.DataObject) -> None:
         assert list(_nodes_of(prefix, i).items()) == kept
 
 
+@few
 @given(st.lists(trees(), min_size=1, max_size=3))
 def test_batches_join(batches: list[DraftTrees]) -> None:
     joined = DraftTrees.concatenate(batches)
@@ -173,6 +179,7 @@ def test_batches_join(batches: list[DraftTrees]) -> None:
     assert [_nodes_of(joined, req) for req in range(joined.num_reqs)] == expected
 
 
+@few
 @given(trees())
 def test_ancestor_bits_are_the_path(tree: DraftTrees) -> None:
     mask = tree.ancestor_bitmask()
@@ -186,6 +193,7 @@ def test_ancestor_bits_are_the_path(tree: DraftTrees) -> None:
             assert len(path) == tree.depths[req, row] + 1
 
 
+@few
 @given(trees())
 def test_chains_are_told_from_trees(tree: DraftTrees) -> None:
     for req in range(tree.num_reqs):
@@ -194,6 +202,7 @@ def test_chains_are_told_from_trees(tree: DraftTrees) -> None:
         assert tree.is_chain[req] == (parents == list(range(n)))
 
 
+@few
 @given(trees(), st.integers(0, 2**32 - 1))
 def test_the_walk_emits_what_the_target_says(tree: DraftTrees, seed: int) -> None:
     """Against a walk by hand; and no row but the visited ones is ever asked for."""
@@ -231,6 +240,7 @@ def test_the_walk_emits_what_the_target_says(tree: DraftTrees, seed: int) -> Non
     assert sorted(asked) == sorted(visited)
 
 
+@few
 @given(trees(), st.integers(0, 2**32 - 1))
 def test_moves_leave_the_accepted_path_in_place(tree: DraftTrees, seed: int) -> None:
     rng = np.random.default_rng(seed)
