@@ -52,7 +52,7 @@ class SurvivalTables:
     prior_weight: float = 12.0
     profile_weight: float = 60.0
     memory: float = 3000.0
-    refresh_every: int = 256  # observations between two refreshes of the estimate
+    refresh_every: int = 96  # observations between two refreshes of the estimate
 
     def __post_init__(self) -> None:
         assert self.prior.shape == SHAPE

@@ -33,8 +33,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=5)
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
-    lines = arguments.prompts.read_text().splitlines()
-    passages = [p for p in (passage(json.loads(line).get("prompt", "")) for line in lines) if p]
+    with arguments.prompts.open() as lines:  # str.splitlines would also split inside texts
+        found = [passage(json.loads(line).get("prompt", "")) for line in lines]
+    passages = [text for text in found if text]
     if not passages:
         parser.error(f"{arguments.prompts} holds no prompt with a passage after its first line")
     with arguments.output.open("w") as file:

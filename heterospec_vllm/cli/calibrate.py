@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import time
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -64,6 +65,7 @@ def calibrate(
     and checked on the fifth; costs are timed over batch sizes and trees on the running engine.
     Use the profile with `"profile": "profile.json"` in the speculative config.
     """
+    _require_libraries()
     console = Console()
     try:
         texts = [text for path in prompts for text in texts_of(path)] if prompts else list(BUILT_IN)
@@ -91,6 +93,16 @@ def calibrate(
     calibration.draw_reliability(fit.held_out, fit.survivals, picture)
     _print(console, fit, costs)
     console.print(f"profile: {output}   reliability diagram: {picture}")
+
+
+def _require_libraries() -> None:
+    """Says what to install before minutes are spent on tracing."""
+    for name in ("sklearn", "matplotlib"):
+        if find_spec(name) is None:
+            raise typer.BadParameter(
+                f"found no library {name}, allowed: an installation with the extra `calibrate` "
+                "(pip install 'heterospec-vllm[calibrate]')"
+            )
 
 
 def _sizes(text: str) -> list[int]:
