@@ -189,7 +189,10 @@ class MarginalPolicy(DraftPolicy):
             self._levels += 0.1 * (self._num_levels - self._levels)
             rows = self._num_rows / max(1, self._num_levels) / batch.limits.size
             self._rows += 0.1 * (rows - self._rows) * (self._num_levels > 0)
-        self._draft_seconds = draft_seconds
+        # A draft behind a prompt is dear once; it is no measure of what drafting costs from now on.
+        usual = self.costs.first_pass.at(2 * batch.num_reqs)
+        usual += self._num_levels * self.costs.level.at(max(1, self._num_rows))
+        self._draft_seconds = min(draft_seconds, 2.0 * usual)
         chosen = self._choose(top, limits, batch.num_reqs, batch.num_reqs, batch.context)
         if self._probing:
             return np.minimum(np.maximum(chosen.num_nodes, self.probe_nodes), limits)
