@@ -24,7 +24,6 @@ def simulate(
     greedy_only: Annotated[bool, typer.Option(help="Leave sampled requests out.")] = True,
     nodes: Annotated[int, typer.Option(help="Bound of `marginal` and `paper`.")] = 16,
     depth: Annotated[int, typer.Option(help="Bound of `marginal`; default depth of `paper`.")] = 6,
-    top_k: Annotated[int, typer.Option(help="Children considered a node.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Expected tokens a second of every policy on recorded drafts, and their share of an oracle.
@@ -46,7 +45,7 @@ def simulate(
     requests = int((recorded.sampled == 0).sum()) if greedy_only else replay.num_requests
     results: dict[str, dict[str, dict[str, float]]] = {}
     for size in track(sizes, description="replaying", disable=as_json):
-        results[str(size)] = compare(replay, loaded, size, requests, (nodes, depth, top_k))
+        results[str(size)] = compare(replay, loaded, size, requests, (nodes, depth, replay.top_k))
     if as_json:
         print(json.dumps(results))
         return

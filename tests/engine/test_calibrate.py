@@ -71,7 +71,7 @@ def test_the_trace_follows_the_answers(calibrated: Path) -> None:
 def test_every_policy_is_replayed(calibrated: Path) -> None:
     out = _heterospec(
         "simulate", str(calibrated / "trace.npz"), "--profile", str(calibrated / "profile.json"),
-        "--batches", "1,8", "--depth", "2", "--top-k", "4", "--json",
+        "--batches", "1,8", "--depth", "2", "--json",
     )  # fmt: skip
     for rows in json.loads(out).values():
         assert rows["plain"]["ratio_to_plain"] == 1.0
