@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from heterospec_vllm.training import checkpoint
@@ -72,11 +73,12 @@ def train(
     max_tokens: int,
     report: Callable[[Trainer, float, list[float], float], None],
     on_held_out: Callable[[HeldOut], None],
-) -> HeldOut:
+) -> HeldOut | None:
     """Trains (or resumes) in ``work`` and exports the averaged weights at every checkpoint.
 
     ``work`` holds the draft vocabulary, the resumable state and ``log.jsonl``, one line per
-    checkpoint. The stores are read anew before every epoch: they may still be growing.
+    checkpoint. The stores are read anew before every epoch: they may still be growing. Returns the
+    last held-out acceptance, None in workers other than the first.
     """
     torch.manual_seed(options.seed)
     work.mkdir(parents=True, exist_ok=True)
@@ -109,4 +111,6 @@ def train(
         on_held_out(latest[0])
 
     trainer.run(reload, report, on_checkpoint)
-    return latest[0]
+    if dist.is_initialized():
+        dist.barrier()  # a worker that ends early would have the others stopped
+    return latest[0] if latest else None
