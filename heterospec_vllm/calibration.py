@@ -206,7 +206,9 @@ def draw_reliability(check: Labelled, tables: SurvivalTables, path: Path) -> Non
     raw = np.exp(check.nodes.log_probs)
     for values, name in ((raw, "path probability"), (tables.predict(check.nodes), "survival")):
         predicted, observed, counts = _bins(values, check.accepted)
-        axis.scatter(predicted, observed, s=np.clip(np.sqrt(counts) * 3, 10, 150), label=name, alpha=0.8)
+        axis.scatter(
+            predicted, observed, s=np.clip(np.sqrt(counts) * 3, 10, 150), label=name, alpha=0.8
+        )
     axis.set_xlabel("predicted probability of being accepted")
     axis.set_ylabel("accepted")
     axis.set_title(f"{check.accepted.size} nodes of held-out requests")

@@ -21,6 +21,8 @@ from heterospec_vllm.tree import Floats, Ints
 
 TOKEN_KNOTS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096)
 ROW_KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+DECODE_TOKENS = 256
+DRIFT_RATE = 0.04  # of a measurement's surprise, how much is taken to be the machine's
 TABLES = ("verify", "first_pass", "level")
 
 
@@ -31,7 +33,7 @@ class CostTable:
         self,
         knots: tuple[int, ...],
         seconds: Floats,  # [num_knots]
-        trust: float = 4.0,  # measurements that the given values are worth
+        trust: float = 20.0,  # measurements that the given values are worth
     ) -> None:
         self.knots = np.asarray(knots, dtype=np.float64)
         self.seconds = np.maximum.accumulate(np.asarray(seconds, dtype=np.float64))
@@ -54,16 +56,23 @@ class CostTable:
         slope = (self._y[-1] - self._y[-2]) / (self._x[-1] - self._x[-2])
         return inside + slope * np.maximum(x - self._x[-1], 0.0)
 
-    def observe(self, count: float, seconds: float, floor: float = 0.04) -> None:
-        """One measurement: moves the two knots around ``count``, and others as far as order requires.
+    def observe(self, count: float, seconds: float, floor: float = 0.02) -> None:
+        """One measurement: moves the whole table a little and the two knots around ``count`` further.
 
-        A measurement counts for at most twice and at least half of what was expected, so that one interrupted step
-        cannot undo many. ``floor``: the least share that a new measurement has in a knot.
+        What slows a machine down (longer contexts, another process) slows every count down. Were only the measured
+        knots to follow, the others would look cheap or dear by comparison until they are measured again, and whether
+        speculation pays is such a comparison. A measurement counts for at most twice and at least half of what was
+        expected, so that one interrupted step cannot undo many. ``floor``: its least share in a knot.
         """
         expected = self.at(count)
         if not math.isfinite(seconds) or seconds <= 0 or expected <= 0:
             return
         ratio = min(max(seconds / expected, 0.5), 2.0)
+        if count <= DECODE_TOKENS:  # a step of prompts says little about the others
+            drift = 1.0 + DRIFT_RATE * (ratio - 1.0)
+            self.seconds *= drift
+            self._y = self.seconds.tolist()
+            ratio /= drift
         x = self._x
         count = min(max(count, x[0]), x[-1])
         # Beyond the last knot the same ratio is asked of that knot.
