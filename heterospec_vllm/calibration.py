@@ -155,26 +155,36 @@ def label(replay: Replay, drafts: Ints, strata: Strata) -> Labelled:
 
 
 def fit_costs(samples: list[dict[str, list]]) -> StepCosts:
-    """Cost tables from what ``CostRecorder`` noted over several batch sizes and trees.
+    """Cost tables from what ``CostRecorder`` noted over several batch sizes, trees and context lengths.
 
-    A request and a token of context have their own share in a step, found by least squares beside the table of tokens.
+    A step is the table of its tokens, plus a share a request, plus a share for every row and token of context that the
+    row attends to. All slopes are non-negative, and errors count relative to the step, so that short steps matter.
     """
     steps = np.array([row for part in samples for row in part["steps"]], dtype=np.float64)
     tokens, requests, context, seconds = steps.T
     knots = np.array(TOKEN_KNOTS, dtype=np.float64)
-    hats = np.stack([np.interp(tokens, knots, row) for row in np.eye(knots.size)], axis=1)
-    used = hats.sum(axis=0) > 0
-    design = np.concatenate([hats[:, used], requests[:, None] - 1, context[:, None]], axis=1)
-    request_seconds, context_seconds = _robust(design, seconds)[-2:]
-    # Both are costs: where noise says otherwise the tokens explain the step.
-    request_seconds, context_seconds = max(0.0, request_seconds), max(0.0, context_seconds)
-    rest = seconds - request_seconds * requests - context_seconds * context
+    low, width = knots[:-1], np.diff(knots)
+    # The first column is a step of one token, the next ones rise from each knot to the following.
+    rises = np.clip(tokens[:, None] - low, 0.0, width)
+    design = np.concatenate(
+        [
+            np.ones((tokens.size, 1)),
+            rises,
+            requests[:, None],
+            (context * tokens / requests)[:, None],
+        ],
+        axis=1,
+    )
+    found = _robust(design, seconds)
+    slopes = found[1 : knots.size].copy()
+    slopes[low >= tokens.max()] = slopes[low < tokens.max()][-1]  # beyond what was timed
+    values = found[0] + np.concatenate([[0.0], np.cumsum(slopes * width)])
     return StepCosts(
-        verify=table_from_samples(TOKEN_KNOTS, tokens.astype(np.int64), np.maximum(rest, 1e-5)),
+        verify=CostTable(TOKEN_KNOTS, np.maximum(values, 1e-5)),
         first_pass=_table([row for part in samples for row in part["first_passes"]]),
         level=_table([row for part in samples for row in part["levels"]]),
-        request_seconds=request_seconds,
-        context_seconds=context_seconds,
+        request_seconds=float(found[-2]),
+        context_seconds=float(found[-1]),
     )
 
 
@@ -183,15 +193,20 @@ def _table(rows: list[tuple[int, float]]) -> CostTable:
     return table_from_samples(ROW_KNOTS, counts.astype(np.int64), seconds)
 
 
-def _robust(design: Floats, seconds: Floats) -> list[float]:
-    """Least squares, twice: the second time without the steps that something else interrupted."""
+def _robust(design: Floats, seconds: Floats) -> Floats:
+    """Non-negative least squares, twice: the second time without steps that something interrupted."""
+    from scipy.optimize import nnls
+
+    scale = design.max(axis=0)
+    scale[scale == 0] = 1.0
     keep = np.ones(seconds.size, dtype=np.bool_)
     solution: Floats = np.zeros(design.shape[1])
     for _ in range(2):
-        solution = np.linalg.lstsq(design[keep], seconds[keep], rcond=None)[0]
-        error = np.abs(seconds - design @ solution)
+        weight = 1.0 / seconds[keep]
+        solution = nnls(design[keep] / scale * weight[:, None], np.ones(weight.size))[0] / scale
+        error = np.abs(design @ solution / seconds - 1.0)
         keep = error <= 3 * np.median(error) + 1e-9
-    return solution.tolist()
+    return solution
 
 
 def draw_reliability(check: Labelled, tables: SurvivalTables, path: Path) -> None:

@@ -106,8 +106,8 @@ class CostTable:
 class StepCosts:
     """The cost tables of a (target, head, machine).
 
-    ``request_seconds`` and ``context_seconds`` are what a further request of the batch and a further token of context
-    add to a step beyond its tokens.
+    Beyond its tokens a step costs ``request_seconds`` for each request, and ``context_seconds`` for each row and token
+    of context that the row attends to.
     """
 
     verify: CostTable
@@ -118,18 +118,20 @@ class StepCosts:
 
     def step(self, num_tokens: float, num_reqs: int, context: float) -> float:
         """Seconds of a target step over ``num_tokens`` tokens."""
-        return self.verify.at(num_tokens) + self.extra(num_reqs, context)
+        return self.verify.at(num_tokens) + float(self.extra(num_tokens, num_reqs, context))
 
     def steps(self, num_tokens: Ints, num_reqs: int, context: float) -> Floats:
         """Seconds of target steps over each of several numbers of tokens."""
-        return self.verify(num_tokens) + self.extra(num_reqs, context)
+        return self.verify(num_tokens) + self.extra(num_tokens, num_reqs, context)
 
-    def extra(self, num_reqs: int, context: float) -> float:
-        """Seconds of a step that do not depend on its tokens."""
-        return self.request_seconds * num_reqs + self.context_seconds * context
+    def extra(self, num_tokens: Any, num_reqs: int, context: float) -> Any:
+        """What requests and their contexts add to a step: every row attends to the context of its own request."""
+        rows = num_tokens / max(num_reqs, 1)
+        return self.request_seconds * num_reqs + self.context_seconds * context * rows
 
     def observe_step(self, num_tokens: int, num_reqs: int, context: float, seconds: float) -> None:
-        self.verify.observe(num_tokens, seconds - self.extra(num_reqs, context))
+        extra = float(self.extra(num_tokens, num_reqs, context))
+        self.verify.observe(num_tokens, seconds - extra)
 
     def as_dict(self) -> dict[str, Any]:
         tables = {

@@ -188,7 +188,7 @@ def _trace(llm: Any, ids: list[list[int]], tokens: int, batch: int, sampled: boo
 
 
 def _time_steps(llm: Any, ids: list[list[int]], sizes: list[int]) -> list[dict[str, list]]:
-    """What steps cost, over batch sizes and trees; prompts are cut so that decoding is what is timed."""
+    """What steps cost, over batch sizes, trees and contexts."""
     from vllm import SamplingParams
 
     plans = [
@@ -196,7 +196,9 @@ def _time_steps(llm: Any, ids: list[list[int]], sizes: list[int]) -> list[dict[s
     ]
     samples = []
     for size, (nodes, depth, top_k) in track(plans, description="timing "):
-        part = [{"prompt_token_ids": one[:48]} for one in islice(cycle(ids), size)]
+        # Small batches keep their contexts, so that what a context costs can be told apart.
+        longest = 1024 if size <= 8 else 48
+        part = [{"prompt_token_ids": one[:longest]} for one in islice(cycle(ids), size)]
         params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
         time.sleep(0.2)
         llm.collective_rpc("heterospec_record_costs", args=(nodes, depth, top_k))

@@ -188,12 +188,14 @@ def test_neighbours_give_way_to_what_was_seen() -> None:
 
 def test_a_step_costs_its_tokens_requests_and_context() -> None:
     costs = step_costs()
-    assert costs.step(10, 3, 1000.0) == pytest.approx(0.03 + 0.0015 + 0.001)
-    found = costs.steps(np.array([4, 10]), 3, 1000.0)
-    np.testing.assert_allclose(found, [0.0265, 0.0325])
+    # 10 rows on 3 requests of 1000 tokens of context together: each row sees its own request's
+    assert costs.step(10, 3, 1000.0) == pytest.approx(0.03 + 0.0015 + 0.001 * 10 / 3)
+    found = costs.steps(np.array([3, 10]), 3, 1000.0)
+    plain = costs.verify.at(3) + 0.0015 + 0.001
+    np.testing.assert_allclose(found, [plain, 0.0315 + 0.001 * 10 / 3])
     plain = step_costs()
     costs.observe_step(8, 3, 1000.0, 0.05)
-    plain.verify.observe(8, 0.05 - 0.0015 - 0.001)
+    plain.verify.observe(8, 0.05 - 0.0015 - 0.001 * 8 / 3)
     assert costs.verify.seconds.tolist() == plain.verify.seconds.tolist()
 
 
