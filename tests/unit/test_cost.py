@@ -234,7 +234,8 @@ def test_any_samples_make_a_table(samples: list[tuple[int, float]]) -> None:
     counts, seconds = (np.array(column) for column in zip(*samples, strict=True))
     costs = table_from_samples(KNOTS, counts, seconds)
     check(costs)
-    assert seconds.min() - 1e-9 <= costs.at(counts.min()) <= seconds.max() + 1e-9
+    # Between knots a steep pair of samples is continued to the next knot, so there is no upper bound.
+    assert costs.at(counts.min()) >= seconds.min() - 1e-9
 
 
 def test_one_count_alone_is_flat() -> None:
