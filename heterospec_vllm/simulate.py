@@ -21,7 +21,6 @@ from heterospec_vllm.survival import NodeFeatures
 from heterospec_vllm.trace import Trace
 from heterospec_vllm.tree import CandidatePool, Ints
 
-
 NOTHING_PAYS = 1e12  # tokens per second: no draft earns so much
 
 
