@@ -11,12 +11,12 @@ best tree of a small sweep beats the best chain.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from engines import Engine, Load
+from engines import Load
 from rich.console import Console
-from runs import MAX_MODEL_LEN, System, interleave, measure, prompts
+from runs import System, interleave, load_engines, measure, prompts
 
 CHAINS = (1, 2, 3, 5)
 # (nodes, depth, top_k)
@@ -47,28 +47,6 @@ def systems() -> list[System]:
     return [("plain", "plain", None), *theirs, *ours]
 
 
-def engines(target: str, head: str, max_batch: int) -> dict[str, Engine]:
-    common = {
-        "model": target,
-        "dtype": "bfloat16",
-        "max_model_len": MAX_MODEL_LEN,
-        "max_num_seqs": max(2, max_batch),
-    }
-    built = {}
-
-    def build(name: str, config: dict[str, Any] | None) -> None:
-        # one after the other: compiling takes both cores
-        built[name] = Engine(name, **common, speculative_config=config)
-        built[name].wait_until_loaded()
-
-    build("plain", None)
-    for k in CHAINS:
-        build(f"eagle3 k={k}", {"method": "eagle3", "model": head, "num_speculative_tokens": k})
-    widest = {"num_speculative_tokens": 16, "max_depth": 5, "top_k": 8}
-    build("ours", {"method": "heterospec", "model": head, "policy": "static", **widest})
-    return built
-
-
 def main(
     target: Annotated[str, typer.Argument(help="Target folder.")],
     head: Annotated[str, typer.Argument(help="EAGLE-3 head folder.")],
@@ -82,7 +60,8 @@ def main(
     console = Console()
     sizes = [int(size) for size in batches.split(",")]
     token_ids = prompts(target, prompt_files)
-    loaded = engines(target, head, max(sizes))
+    widest = {"policy": "static", "num_speculative_tokens": 16, "max_depth": 5, "top_k": 8}
+    loaded = load_engines(target, head, CHAINS, max(sizes), widest)
     try:
         for size in sizes:
             chosen = interleave(token_ids, max(size, per_file * len(prompt_files)))

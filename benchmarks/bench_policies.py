@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from engines import Engine, Load, Run
+from engines import Load, Run
 from rich.console import Console
 from rich.table import Table
-from runs import MAX_MODEL_LEN, System, chat_ids, interleave, measure, prompts
+from runs import System, chat_ids, interleave, load_engines, measure, prompts
 
 OURS: dict[str, dict[str, Any]] = {
     "off": {"policy": "plain"},
@@ -50,30 +50,6 @@ def systems(chains: list[int], ours: list[str]) -> list[System]:
     return [("plain", "plain", None), *theirs, *((name, "ours", OURS[name]) for name in ours)]
 
 
-def load_engines(
-    target: str, head: str, chains: list[int], max_batch: int, profile: Path | None
-) -> dict[str, Engine]:
-    common = {
-        "model": target,
-        "dtype": "bfloat16",
-        "max_model_len": MAX_MODEL_LEN,
-        "max_num_seqs": max(2, max_batch),
-    }
-    built = {}
-
-    def build(name: str, config: dict[str, Any] | None) -> None:
-        # one after the other: compiling takes both cores
-        built[name] = Engine(name, **common, speculative_config=config)
-        built[name].wait_until_loaded()
-
-    build("plain", None)
-    for k in chains:
-        build(f"eagle3 k={k}", {"method": "eagle3", "model": head, "num_speculative_tokens": k})
-    ours = {"method": "heterospec", "model": head}
-    build("ours", ours if profile is None else {**ours, "profile": str(profile)})
-    return built
-
-
 def main(
     target: Annotated[str, typer.Argument(help="Target folder.")],
     head: Annotated[str, typer.Argument(help="EAGLE-3 head folder.")],
@@ -98,7 +74,8 @@ def main(
     sizes = [int(size) for size in batches.split(",")]
     ks = [int(k) for k in chains.split(",")]
     files = prompts(target, prompt_files)
-    loaded = load_engines(target, head, ks, max(sizes), profile)
+    config = {} if profile is None else {"profile": str(profile)}
+    loaded = load_engines(target, head, ks, max(sizes), config)
     best: list[tuple[int, dict[str, list[float]]]] = []
     try:
         for size in sizes:

@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +20,7 @@ from engines import Engine, Load, Run
 from rich.console import Console
 from rich.table import Table
 
-from heterospec_vllm.prompts import texts_of
+from heterospec_vllm.prompts import chat_token_ids, texts_of
 
 MAX_MODEL_LEN = 2048
 
@@ -35,15 +36,35 @@ def chat_ids(target: str, texts: list[str]) -> list[list[int]]:
     """Token ids of user messages."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(target)
+    return chat_token_ids(AutoTokenizer.from_pretrained(target), texts, MAX_MODEL_LEN - 256)
 
-    def ids(text: str) -> list[int]:
-        message = {"role": "user", "content": text}
-        return tokenizer.apply_chat_template(
-            [message], add_generation_prompt=True, return_dict=False
-        )[: MAX_MODEL_LEN - 256]
 
-    return [ids(text) for text in texts]
+def load_engines(
+    target: str,
+    head: str,
+    chains: Iterable[int],  # k of vLLM's eagle3, an engine each
+    max_batch: int,
+    ours: dict[str, Any],  # our config beside method and model
+) -> dict[str, Engine]:
+    """The engines `plain`, `eagle3 k=...` and `ours`, all loaded."""
+    common = {
+        "model": target,
+        "dtype": "bfloat16",
+        "max_model_len": MAX_MODEL_LEN,
+        "max_num_seqs": max(2, max_batch),
+    }
+    built = {}
+
+    def build(name: str, config: dict[str, Any] | None) -> None:
+        # one after the other: compiling takes both cores
+        built[name] = Engine(name, **common, speculative_config=config)
+        built[name].wait_until_loaded()
+
+    build("plain", None)
+    for k in chains:
+        build(f"eagle3 k={k}", {"method": "eagle3", "model": head, "num_speculative_tokens": k})
+    build("ours", {"method": "heterospec", "model": head, **ours})
+    return built
 
 
 def interleave(files: list[list[list[int]]], count: int) -> list[list[int]]:

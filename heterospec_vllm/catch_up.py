@@ -111,7 +111,7 @@ class HeadProgress:
         }
         for name, (start, stop) in where.items():
             self._pending[name] = self._pending.get(name, 0) + stop - start
-        if kept.all():
+        if kept.all():  # the step's own tensors are copies already
             record = _Kept(where, tokens.token_ids, tokens.positions, tokens.features)
         else:
             index = torch.from_numpy(rows)

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from heterospec_vllm.catch_up import HeadProgress
-from heterospec_vllm.drafter import Draft, HeteroSpecProposer
-from heterospec_vllm.marginal import MarginalPolicy
+from heterospec_vllm.drafter import HeteroSpecProposer
 from heterospec_vllm.metrics import StepCounters
 from heterospec_vllm.policies import Batch, DraftPolicy
 from heterospec_vllm.steps import StepRecorder
@@ -145,11 +144,12 @@ class Controller:
         """The target's step with all that happens between two drafts: seconds since the last one ended."""
         clock, now = self._clock, time.perf_counter()
         gap = clock.step - clock.end
-        seconds = now - clock.step + (gap if 0 <= gap < IDLE_SECONDS else 0.0)
+        gap = gap if 0 <= gap < IDLE_SECONDS else 0.0
+        seconds = now - clock.step + gap
         self.policy.observe_step(num_tokens, num_reqs, self._context, seconds)
         self.counters.seconds["target"] += now - clock.forward - self._sample_seconds
         self._sample_seconds = 0.0
-        self.counters.seconds["rest"] += gap if 0 <= gap < IDLE_SECONDS else 0.0
+        self.counters.seconds["rest"] += gap
 
     # ---- the next drafts
 
@@ -161,7 +161,6 @@ class Controller:
         followed: Ints,  # [num_reqs] 1 where the head has to know the request, 0 where it decodes plainly for good
         temperatures: Ints,  # [num_reqs]
         num_step_tokens: int,
-        common_attn_metadata,
     ) -> list[list[int]]:
         """Node tokens of each request's next tree, best first; [] where nothing is drafted."""
         assert self.progress is not None
@@ -186,7 +185,7 @@ class Controller:
             self.counters.probes += scope == "probe"
         drafts: list[list[int]] = [[] for _ in req_ids]
         if fed is not None:
-            self._propose(req_ids, fed, feed, limits, temperatures, common_attn_metadata, drafts)
+            self._propose(req_ids, fed, feed, limits, temperatures, drafts)
         self._clock.end = time.perf_counter()
         self.counters.seconds["draft"] += self._clock.end - start
         return drafts
@@ -205,7 +204,7 @@ class Controller:
         return feed
 
     def _propose(
-        self, req_ids, fed: TrueTokens, feed, limits: Ints, temperatures: Ints, metadata, drafts
+        self, req_ids, fed: TrueTokens, feed, limits: Ints, temperatures: Ints, drafts
     ) -> None:
         places = np.flatnonzero(feed)
         drafting = np.flatnonzero(limits[places] > 0)
@@ -216,12 +215,14 @@ class Controller:
             temperatures=temperatures[chosen],
             limits=limits[chosen],
         )
-        draft = self.proposer.propose_trees(self.policy, batch, drafting, fed, metadata)
+        draft = self.proposer.propose_trees(self.policy, batch, drafting, fed)
         self.counters.head_passes += 1 if draft is None else 1 + draft.num_levels
         if draft is None:
             return
         self.counters.draft_steps += 1
-        self._count(draft)
+        self.counters.drafted_nodes += int((draft.pool.survivals > 0).sum())
+        if self.policy.choice is not None:
+            self.counters.price_of_time = self.policy.choice.rate
         names = [req_ids[i] for i in chosen]
         if self.recorder is not None:
             self.recorder.record(names, draft.pool, fed, drafting)
@@ -235,11 +236,6 @@ class Controller:
             if counts[i]:
                 drafts[place] = tokens[i][: counts[i]]
                 self._places[name] = _Place(draft.trees, i, drafts[place])
-
-    def _count(self, draft: Draft) -> None:
-        self.counters.drafted_nodes += int((draft.pool.survivals > 0).sum())
-        if isinstance(self.policy, MarginalPolicy) and self.policy.choice is not None:
-            self.counters.price_of_time = self.policy.choice.rate
 
     def remove(self, req_id: str) -> None:
         """A request has left the engine."""

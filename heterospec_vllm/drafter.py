@@ -36,15 +36,14 @@ from heterospec_vllm.true_tokens import (
 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Draft:
     """What one draft produced: the candidates, the trees cut out of them, and how far it went."""
 
     pool: CandidatePool
     trees: DraftTrees
-    num_levels: int = 0  # levels beyond the first
-    num_rows: int = 0  # nodes expanded in them
-    seconds: float = 0.0
+    num_levels: int  # beyond the first
+    seconds: float
 
 
 @dataclass
@@ -97,33 +96,33 @@ class HeteroSpecProposer(EagleProposer):
         batch: Batch,  # the requests to draft for
         drafting: Ints,  # [num_drafting] their places among those of ``true_tokens``
         true_tokens: TrueTokens,
-        common_attn_metadata: CommonAttentionMetadata,  # of the target's step
     ) -> Draft | None:
         """Bring the head's KV up to date with the true tokens, then draft a tree for some of the requests."""
         with CLOCK.span("draft: true tokens"):
-            context = self._first_pass(true_tokens, common_attn_metadata)
+            context = self._first_pass(true_tokens)
         if not drafting.size:
             return None
         if drafting.size < context.seq_lens.shape[0]:
             context = context.take(torch.from_numpy(drafting))
         start = time.perf_counter() - self.first_pass_seconds
         with CLOCK.span("draft: levels"):
-            draft = self._expand(policy, batch, context)
+            levels = self._expand(policy, batch, context)
         with CLOCK.span("draft: cut the tree"):
-            order = draft.pool.order(self.num_speculative_tokens)
-            survivals = draft.pool.survivals[np.arange(order.shape[0])[:, None], order]
-            draft.seconds = time.perf_counter() - start
-            num_nodes = policy.propose(batch, survivals, draft.seconds)
-            draft.trees = DraftTrees.from_pool(draft.pool, num_nodes, order)
-        return draft
+            pool = CandidatePool.concatenate(levels) if len(levels) > 1 else levels[0]
+            order = pool.order(self.num_speculative_tokens)
+            survivals = pool.survivals[np.arange(order.shape[0])[:, None], order]
+            seconds = time.perf_counter() - start
+            num_nodes = policy.propose(batch, survivals, seconds)
+            trees = DraftTrees.from_pool(pool, num_nodes, order)
+        return Draft(pool, trees, len(levels) - 1, seconds)
 
-    def _first_pass(self, tokens: TrueTokens, cad: CommonAttentionMetadata) -> _HeadContext:
-        """Runs over the true tokens in parts that fit the head's buffers; requests are never split."""
+    def _first_pass(self, tokens: TrueTokens) -> _HeadContext:
+        """Runs over the true tokens in parts that fit the head's buffers."""
         start = time.perf_counter()
         self._first_pass_tokens = int(tokens.num_tokens.sum())
-        tokens = self._shortened(tokens, cad)
+        tokens = self._shortened(tokens)
         parts = parts_of(tokens.num_tokens, self.max_num_tokens)
-        contexts = [self._first_pass_of(requests_of(tokens, part), cad) for part in parts]
+        contexts = [self._first_pass_of(requests_of(tokens, part)) for part in parts]
         self.first_pass_seconds = time.perf_counter() - start
         if len(contexts) == 1:
             return contexts[0]
@@ -131,7 +130,7 @@ class HeteroSpecProposer(EagleProposer):
             *(torch.cat([getattr(c, f.name) for c in contexts]) for f in fields(_HeadContext))
         )
 
-    def _shortened(self, tokens: TrueTokens, cad: CommonAttentionMetadata) -> TrueTokens:
+    def _shortened(self, tokens: TrueTokens) -> TrueTokens:
         """Runs the head over the starts of requests that are longer than its buffers and returns what is left."""
         most = self.max_num_tokens
         for req in np.flatnonzero(tokens.num_tokens > most).tolist():
@@ -146,20 +145,19 @@ class HeteroSpecProposer(EagleProposer):
                         num_tokens=np.array([most]),
                         next_token_ids=alone.token_ids[rows.stop : rows.stop + 1].int(),
                         block_table=alone.block_table,
-                    ),
-                    cad,
+                    )
                 )
             tokens = without_start(tokens, req, rows.stop)
         return tokens
 
-    def _first_pass_of(self, tokens: TrueTokens, cad: CommonAttentionMetadata) -> _HeadContext:
+    def _first_pass_of(self, tokens: TrueTokens) -> _HeadContext:
         num_tokens, last_rows, cad = self.set_inputs_first_pass(
             target_token_ids=tokens.token_ids,
             next_token_ids=tokens.next_token_ids,
             target_positions=tokens.positions,
             target_hidden_states=self.model.combine_hidden_states(tokens.features),
             token_indices_to_sample=None,
-            cad=self._true_token_metadata(tokens, cad),
+            cad=self._true_token_metadata(tokens),
             num_rejected_tokens_gpu=None,
         )
         _, layer_metadata = self.build_per_group_and_layer_attn_metadata(cad)
@@ -174,9 +172,7 @@ class HeteroSpecProposer(EagleProposer):
             positions=self.positions[last],
         )
 
-    def _true_token_metadata(
-        self, tokens: TrueTokens, cad: CommonAttentionMetadata
-    ) -> CommonAttentionMetadata:
+    def _true_token_metadata(self, tokens: TrueTokens) -> CommonAttentionMetadata:
         """Causal metadata over the true tokens; a token's slot follows from its position."""
         num_tokens = tokens.num_tokens
         start = np.zeros(num_tokens.size + 1, dtype=np.int64)
@@ -217,14 +213,15 @@ class HeteroSpecProposer(EagleProposer):
                 inputs_embeds=None,
             )
 
-    def _expand(self, policy: DraftPolicy, batch: Batch, context: _HeadContext) -> Draft:
-        """Grow the candidate pool level by level, from the nodes that the policy finds worth it."""
+    def _expand(
+        self, policy: DraftPolicy, batch: Batch, context: _HeadContext
+    ) -> list[CandidatePool]:
+        """Grow the candidates level by level, from the nodes that the policy finds worth it."""
         num_reqs, top_k = context.seq_lens.shape[0], policy.shape.top_k
         parent = Parents.roots(num_reqs)
         rows = np.arange(num_reqs)[:, None]
         normed, hidden = context.normed, context.hidden
         tail = torch.empty((num_reqs, 0), dtype=torch.int64)
-        draft = Draft(_NO_POOL, _NO_TREES)
         # vLLM's head buffers hold one scheduler budget of tokens.
         most = min(policy.beam, self.max_num_tokens // num_reqs)
         pools: list[CandidatePool] = []
@@ -262,14 +259,11 @@ class HeteroSpecProposer(EagleProposer):
             normed, hidden, tail = self._forward_level(
                 depth, first_row, frontier, level_pool, context, scratch
             )
-            draft.num_levels += 1
-            draft.num_rows += frontier.num_rows
             first_row += frontier.num_rows
             parent = Parents.of(frontier.slots, level_pool, pool_size)
             rows = frontier.rows
             pool_size += level_pool.tokens.shape[1]
-        draft.pool = CandidatePool.concatenate(pools) if len(pools) > 1 else pools[0]
-        return draft
+        return pools
 
     def _frontier(
         self,
@@ -381,9 +375,3 @@ class _HeadContext:
     def take(self, reqs: torch.Tensor) -> _HeadContext:
         """The context of some requests."""
         return _HeadContext(*(getattr(self, f.name)[reqs] for f in fields(self)))
-
-
-_NO_TREES = DraftTrees.empty(0)
-_NO_POOL = CandidatePool(
-    *(np.zeros((0, 0)) for _ in fields(CandidatePool))  # type: ignore[arg-type]
-)

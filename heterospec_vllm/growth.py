@@ -84,7 +84,9 @@ def level_of(
     meta_entropies: Floats,  # [num_reqs], brought up to date for requests that reached this level
 ) -> Level:
     if policy.follows_meta_path:
-        _update_meta_entropies(policy, depth, level_pool, parent, meta_entropies)
+        top_k = level_pool.tokens.shape[1] // parent.columns.shape[1]
+        parent_log_probs = np.repeat(parent.log_probs, top_k, axis=1)
+        update_meta_entropies(policy, depth, level_pool, parent_log_probs, meta_entropies)
     return Level(
         depth=depth,
         log_probs=level_pool.log_probs,
@@ -95,16 +97,16 @@ def level_of(
     )
 
 
-def _update_meta_entropies(
+def update_meta_entropies(
     policy: DraftPolicy,
     depth: int,
     level_pool: CandidatePool,
-    parent: Parents,
-    meta_entropies: Floats,
+    parent_log_probs: Floats,  # [num_reqs, num_candidates] of each candidate's parent, 0 for the root
+    meta_entropies: Floats,  # [num_reqs], brought up to date for requests that reached this level
 ) -> None:
-    top_k = level_pool.tokens.shape[1] // parent.columns.shape[1]
+    """Entropy along the meta-path as it ends in this level."""
     with np.errstate(invalid="ignore"):  # an absent child of an absent parent
-        local = level_pool.log_probs - np.repeat(parent.log_probs, top_k, axis=1)
+        local = level_pool.log_probs - parent_log_probs
     depths = np.full(level_pool.tokens.shape[1], depth)
     end = meta_path_end(depths, level_pool.log_probs, local, policy.reading)[:, None]
     reached = np.take_along_axis(level_pool.survivals, end, axis=1)[:, 0] > 0

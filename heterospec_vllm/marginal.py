@@ -36,14 +36,11 @@ class MarginalPolicy(DraftPolicy):
     learns = True
     # Ratios to plain decoding's rate: start above one, stop at or below the other.
     start, stop = 1.03, 1.005
-    probe_after, probe_at_most = (
-        64,
-        1024,
-    )  # steps without speculation between two probes, first and longest
+    # Steps without speculation between two probes, the first and the longest wait.
+    probe_after, probe_at_most = 64, 1024
     probe_nodes = 2
-    gain_every = (
-        8  # steps between two looks at whether speculation pays, while the batch stays as it is
-    )
+    # Steps between two looks at whether speculation pays, while the batch stays as it is.
+    gain_every = 8
 
     def __init__(
         self,
@@ -58,7 +55,6 @@ class MarginalPolicy(DraftPolicy):
         self.tables = tables or SurvivalTables()
         self.strata = strata
         self.on = True
-        self.choice: NodeChoice | None = None
         self._speedup = 1.0  # expected rate relative to plain decoding, smoothed
         self._nodes_a_req = 4.0
         self._levels = 1.0  # levels beyond the first, and rows of such a level, per request
@@ -180,8 +176,7 @@ class MarginalPolicy(DraftPolicy):
 
     def propose(self, batch: Batch, survivals: Floats, draft_seconds: float) -> Ints:
         """The best choice for a step without prefill; the step itself may only verify fewer."""
-        present = (survivals > 0).sum(axis=1)
-        limits = np.minimum(np.minimum(batch.limits, self.shape.num_nodes), present)
+        limits = self.within(batch, survivals, self.shape.num_nodes)
         width = min(survivals.shape[1], self.shape.num_nodes)
         top = survivals[:, :width]
         self._smooth(self.curve, top)

@@ -15,10 +15,12 @@ import numpy as np
 
 from heterospec_vllm.policy import (
     Bools,
+    NodeChoice,
     PaperAction,
     TreeShape,
     in_beam,
     paper_action,
+    paper_alpha,
 )
 from heterospec_vllm.signals import MetaPathReading
 from heterospec_vllm.strata import DEFAULT_STRATA, Strata
@@ -61,6 +63,7 @@ class DraftPolicy:
     strata: Strata = DEFAULT_STRATA
     reading: MetaPathReading = "A"
     follows_meta_path = False  # whether Level.meta_entropies is needed
+    choice: NodeChoice | None = None  # the latest one, of a policy that weighs rates
 
     def __init__(self, shape: TreeShape) -> None:
         self.shape = shape
@@ -86,6 +89,10 @@ class DraftPolicy:
         """[num_drafting, num_candidates] the nodes whose children are drafted next."""
         if level.depth >= self.shape.max_depth:
             return np.zeros(level.log_probs.shape, dtype=np.bool_)
+        return self.best_of(level)
+
+    def best_of(self, level: Level) -> Bools:
+        """[num_drafting, num_candidates] EAGLE-2's beam: the likeliest nodes of a level."""
         return in_beam(np.where(level.survivals > 0, level.log_probs, -np.inf), self.beam)
 
     @property
@@ -99,8 +106,13 @@ class DraftPolicy:
         draft_seconds: float,
     ) -> Ints:
         """[num_drafting] the most nodes handed to the scheduler."""
+        return self.within(batch, survivals, self.shape.num_nodes)
+
+    @staticmethod
+    def within(batch: Batch, survivals: Floats, wanted: Ints | int) -> Ints:
+        """[num_drafting] the nodes wanted, as far as the request allows and the draft has them."""
         present = (survivals > 0).sum(axis=1)
-        return np.minimum(np.minimum(batch.limits, self.shape.num_nodes), present)
+        return np.minimum(np.minimum(batch.limits, wanted), present)
 
     def keep(
         self,
@@ -166,8 +178,7 @@ class PaperPolicy(DraftPolicy):
         self._first_index = first_index
         self._max_nodes = max_nodes
         self.reading = reading
-        alpha = -(-shape.max_depth // 2)
-        self.max_depth = shape.max_depth + alpha
+        self.max_depth = shape.max_depth + paper_alpha(shape.max_depth)
         self._action: PaperAction | None = None
 
     def expand(self, batch: Batch, level: Level) -> Bools:
@@ -182,7 +193,7 @@ class PaperPolicy(DraftPolicy):
                 num_nodes=self.shape.num_nodes,
                 first_index=self._first_index,
             )
-        beam = in_beam(np.where(level.survivals > 0, level.log_probs, -np.inf), self.beam)
+        beam = self.best_of(level)
         if self._action is None:
             return beam
         return beam & (level.depth < self._action.depths[:, None])
@@ -191,6 +202,5 @@ class PaperPolicy(DraftPolicy):
         if self._action is None:
             # No draft came as far as the default depth: the head yields NaN.
             return super().propose(batch, survivals, draft_seconds)
-        present = (survivals > 0).sum(axis=1)
         wanted = np.minimum(self._action.num_nodes, self._max_nodes)
-        return np.minimum(np.minimum(batch.limits, wanted), present)
+        return self.within(batch, survivals, wanted)

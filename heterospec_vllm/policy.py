@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -142,6 +142,11 @@ class PaperAction:
     num_nodes: Ints  # [num_reqs] drafted nodes, the root not counted
 
 
+def paper_alpha(depth: int) -> int:
+    """HeteroSpec's alpha: most levels that are added to the default depth."""
+    return math.ceil(depth / 2)
+
+
 def paper_action(
     strata: Ints,  # [num_reqs] stratum of the meta-path's entropy at the default depth
     *,
@@ -156,7 +161,7 @@ def paper_action(
     from 0 in the text and gammas from 1. The paper's N counts the root, ``num_nodes`` does not; ``gamma_i * N`` is
     rounded to the nearest.
     """
-    alpha = math.ceil(depth / 2) if alpha is None else alpha
+    alpha = paper_alpha(depth) if alpha is None else alpha
     acts = strata < len(PAPER_GAMMAS)
     extra = np.where(acts, np.maximum(alpha - (strata + first_index), 0), 0)
     gamma = np.asarray(PAPER_GAMMAS)[np.minimum(strata, len(PAPER_GAMMAS) - 1)]
@@ -167,7 +172,3 @@ def paper_action(
 def hysteresis(on: bool, gain: float, *, start: float, stop: float) -> bool:
     """Whether to speculate: starts above ``start``, stops below ``stop`` (ratios to plain decoding's rate)."""
     return gain >= (stop if on else start)
-
-
-def as_floats(values: Any) -> Floats:
-    return np.asarray(values, dtype=np.float32)

@@ -26,6 +26,20 @@ def texts_of(path: Path) -> list[str]:
     return texts
 
 
+def chat_token_ids(tokenizer: Any, texts: list[str], most: int) -> list[list[int]]:
+    """User messages through the chat template (as they are where there is none), cut to ``most`` tokens."""
+    if tokenizer.chat_template is None:
+        ids = [tokenizer.encode(text) for text in texts]
+    else:
+        ids = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
+            )
+            for text in texts
+        ]
+    return [list(one)[:most] for one in ids]
+
+
 def _text(path: Path, number: int, line: bytes) -> str:
     try:
         text = _first_text(json.loads(line))

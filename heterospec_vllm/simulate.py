@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from heterospec_vllm.cost import StepCosts
+from heterospec_vllm.growth import update_meta_entropies
 from heterospec_vllm.marginal import MarginalPolicy
 from heterospec_vllm.policies import Batch, DraftPolicy, Level
-from heterospec_vllm.signals import meta_path_end
 from heterospec_vllm.survival import NodeFeatures
 from heterospec_vllm.trace import Trace
 from heterospec_vllm.tree import CandidatePool, Ints
@@ -220,12 +220,11 @@ def expand(
             _observe_children(policy, batch, depth, level, levels[-2], recorded)
         if depth >= policy.max_depth:
             break
-        local = log_probs - np.where(
-            parents >= 0, np.take_along_axis(trace.log_probs[rows], above, axis=1), 0
-        )
-        end = meta_path_end(np.full(log_probs.shape[1], depth), log_probs, local, policy.reading)
-        reached = np.take_along_axis(level.survivals, end[:, None], axis=1)[:, 0] > 0
-        meta = np.where(reached, np.take_along_axis(entropies, end[:, None], axis=1)[:, 0], meta)
+        if policy.follows_meta_path:
+            parent_log_probs = np.where(
+                parents >= 0, np.take_along_axis(trace.log_probs[rows], above, axis=1), 0
+            )
+            update_meta_entropies(policy, depth, level, parent_log_probs, meta)
         chosen = policy.expand(
             batch, Level(depth, log_probs, entropies, level.survivals, strata, meta)
         )

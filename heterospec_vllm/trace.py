@@ -19,6 +19,7 @@ from __future__ import annotations
 import zipfile
 import zlib
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -129,7 +130,9 @@ class Trace:
     sampled: Ints
 
     def save(self, path: Path) -> None:
-        np.savez_compressed(path, **self.__dict__)
+        np.savez_compressed(
+            path, **{name: getattr(self, name) for name in self.__dataclass_fields__}
+        )
 
     @classmethod
     def load(cls, path: Path) -> Trace:
@@ -143,7 +146,7 @@ class Trace:
                 "allowed: a file written by `heterospec calibrate --trace`"
             ) from None
 
-    @property
+    @cached_property
     def depths(self) -> Ints:
         """[num_drafts, pool_size] depth of each candidate, 1 for the root's children."""
         depths = np.ones(self.parents.shape, dtype=np.int64)

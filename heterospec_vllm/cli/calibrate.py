@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from heterospec_vllm.prompts import BUILT_IN, texts_of
+from heterospec_vllm.cli.engine import in_process_llm
+from heterospec_vllm.prompts import BUILT_IN, chat_token_ids, texts_of
 
 # (nodes, depth, top_k) whose steps are timed; 0 nodes is plain decoding
 TREES = ((0, 1, 1), (2, 1, 2), (4, 2, 4), (8, 2, 4), (16, 3, 8))
@@ -72,8 +73,21 @@ def calibrate(
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--prompts") from error
     sizes = _sizes(timed_batches)
-    llm = _engine(target, head, dtype, max_model_len, depth, top_k, max(batch, *sizes))
-    ids = _token_ids(llm, texts, max_model_len - tokens - 1)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    llm = in_process_llm(
+        target,
+        {
+            "model": head,
+            "policy": "plain",
+            "num_speculative_tokens": 32,
+            "max_depth": depth,
+            "top_k": top_k,
+        },
+        dtype=dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=max(batch, *sizes),
+    )
+    ids = chat_token_ids(llm.get_tokenizer(), texts, max_model_len - tokens - 1)
     recorded = _trace(llm, ids, tokens, batch, sampled)
     if trace is not None:
         recorded.save(trace)
@@ -113,44 +127,6 @@ def _sizes(text: str) -> list[int]:
             param_hint="--timed-batches",
         )
     return sizes
-
-
-def _engine(target, head, dtype: str, max_model_len: int, depth: int, top_k: int, most: int) -> Any:
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB; vLLM would claim most of the memory
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    from vllm import LLM
-
-    return LLM(
-        target,
-        dtype=dtype,
-        max_model_len=max_model_len,
-        max_num_seqs=most,
-        enable_prefix_caching=False,
-        speculative_config={
-            "method": "heterospec",
-            "model": head,
-            "policy": "plain",
-            "num_speculative_tokens": 32,
-            "max_depth": depth,
-            "top_k": top_k,
-        },
-    )
-
-
-def _token_ids(llm: Any, texts: list[str], most: int) -> list[list[int]]:
-    """Prompts through the chat template, or as they are where the target has none."""
-    tokenizer = llm.get_tokenizer()
-    if tokenizer.chat_template is None:
-        ids = [tokenizer.encode(text) for text in texts]
-    else:
-        ids = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
-            )
-            for text in texts
-        ]
-    return [list(one)[:most] for one in ids]
 
 
 def _trace(llm: Any, ids: list[list[int]], tokens: int, batch: int, sampled: bool) -> Any:

