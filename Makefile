@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 # text models without them.
 BROKEN := torchvision torchaudio torchcodec
 
-.PHONY: help install demo serve test test-full quality clean
+.PHONY: help install demo serve test test-full bench-smoke quality clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -38,6 +38,11 @@ test: install ## unit and small-engine tests
 
 test-full: install ## everything that runs without a GPU; hours
 	$(BIN)/python -m pytest -m 'not gpu'
+
+bench-smoke: install ## ratios to plain vLLM and to its best chain, below ten minutes, against thresholds
+	$(BIN)/python -m pip install --quiet -e '.[bench]'
+	folder=$$(mktemp -d) && $(BIN)/heterospec bench benchmarks/smoke.yaml --output $$folder \
+		--thresholds benchmarks/thresholds.yaml; code=$$?; rm -rf $$folder; exit $$code
 
 quality: install ## lint, format check, types
 	$(BIN)/ruff check .

@@ -22,7 +22,7 @@ setup(
     ],
     package_dir=PACKAGE_DIR,
     package_data={
-        "heterospec_vllm": ["assets/**/*"],
+        "heterospec_vllm": ["assets/**/*", "bench/*.j2"],
         "heterospec_vllm.kernels": ["csrc/*"],
         "heterospec_vllm.configs": ["*.json", "*.md", "profiles/*"],
     },

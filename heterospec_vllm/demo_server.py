@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A `vllm serve` process on the loopback interface: started, watched, measured, always ended."""
 
+import json
 import os
 import signal
 import socket
@@ -12,8 +13,12 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from prometheus_client.samples import Sample
 
 HOST = "127.0.0.1"
 START_TIMEOUT = 900.0  # seconds; a first start compiles the model, slowly on few cores
@@ -143,15 +148,21 @@ class VllmServer:
         if self._process is None:
             return
         process, self._process = self._process, None
-        _signal_group(process.pid, signal.SIGTERM)
+        signal_group(process.pid, signal.SIGTERM)
         try:
             process.wait(STOP_TIMEOUT)
         except subprocess.TimeoutExpired:
             pass
         finally:
             # Also on a second Ctrl-C; the leader may have gone without its workers.
-            _signal_group(process.pid, signal.SIGKILL)
+            signal_group(process.pid, signal.SIGKILL)
             process.wait()
+
+    @property
+    def process_id(self) -> int:
+        """Of the group's leader; only while it is started."""
+        assert self._process is not None
+        return self._process.pid
 
     def is_healthy(self) -> bool:
         try:
@@ -169,14 +180,9 @@ class VllmServer:
 
     def counters(self) -> SpecDecodeCounters:
         """Read the counters from /metrics; zero where the server does not speculate."""
-        from prometheus_client.parser import text_string_to_metric_families
-
-        with _direct.open(f"{self.url}/metrics", timeout=10) as response:
-            text = response.read().decode()
         totals: dict[str, float] = {}
-        for family in text_string_to_metric_families(text):
-            for sample in family.samples:
-                totals[sample.name] = totals.get(sample.name, 0.0) + sample.value
+        for sample in self.samples():
+            totals[sample.name] = totals.get(sample.name, 0.0) + sample.value
         return SpecDecodeCounters(
             *(
                 totals.get(f"vllm:spec_decode_num_{name}_total", 0.0)
@@ -184,9 +190,26 @@ class VllmServer:
             )
         )
 
+    def samples(self) -> "list[Sample]":
+        """Everything that /metrics shows now."""
+        from prometheus_client.parser import text_string_to_metric_families
+
+        with _direct.open(f"{self.url}/metrics", timeout=10) as response:
+            text = response.read().decode()
+        return [sample for f in text_string_to_metric_families(text) for sample in f.samples]
+
+    def post(self, path: str, body: dict[str, Any], timeout: float) -> Any:
+        """The JSON answer to a JSON request; urllib's and http.client's errors pass through."""
+        request = urllib.request.Request(
+            f"{self.url}{path}",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with _direct.open(request, timeout=timeout) as response:
+            return json.load(response)
+
     def log_tail(self) -> str:
-        text = self.log_file.read_text(encoding="utf-8", errors="replace")
-        return "\n".join(text.splitlines()[-LOG_TAIL_LINES:])
+        return last_lines(self.log_file)
 
     def _last_log_line(self, width: int) -> str:
         from rich.markup import escape
@@ -195,7 +218,14 @@ class VllmServer:
         return escape(lines[-1][: max(width, 0)]) if lines else ""
 
 
-def _signal_group(group: int, number: signal.Signals) -> None:
+def last_lines(log_file: Path) -> str:
+    """The end of a log, LOG_TAIL_LINES lines."""
+    text = log_file.read_text(encoding="utf-8", errors="replace")
+    return "\n".join(text.splitlines()[-LOG_TAIL_LINES:])
+
+
+def signal_group(group: int, number: signal.Signals) -> None:
+    """Signals every process of a group; nothing happens where none is left."""
     try:
         os.killpg(group, number)
     except ProcessLookupError:

@@ -7,10 +7,12 @@ answers at once.
 
 import typer
 
+from heterospec_vllm.cli.bench import bench
 from heterospec_vllm.cli.calibrate import calibrate
 from heterospec_vllm.cli.demo import demo
 from heterospec_vllm.cli.demo_model import demo_model
 from heterospec_vllm.cli.explain import explain
+from heterospec_vllm.cli.report import report
 from heterospec_vllm.cli.simulate import simulate
 from heterospec_vllm.cli.step_table import step_table
 from heterospec_vllm.cli.train_head import train_head
@@ -32,10 +34,12 @@ def root() -> None:
     """
 
 
+app.command("bench")(bench)
 app.command("calibrate")(calibrate)
 app.command("demo")(demo)
 app.command("demo-model")(demo_model)
 app.command("explain")(explain)
+app.command("report")(report)
 app.command("simulate")(simulate)
 app.command("step-table")(step_table)
 app.command("train-head")(train_head)

@@ -1,0 +1,385 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a benchmark: engines loaded in groups, systems in turns, every run a row on disk at once.
+
+A run that was interrupted goes on where it stopped: rows that exist are not made again, failed ones are.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from heterospec_vllm.bench import rows
+from heterospec_vllm.bench.contenders import Contender, Outcome, requests_of
+from heterospec_vllm.bench.engines import EngineFailed, Position
+from heterospec_vllm.bench.gate import entropy, judge
+from heterospec_vllm.bench.prompt_sets import PromptSets, SetPrompt
+from heterospec_vllm.bench.rows import Cell, Environment, Gate, Prompt, Row
+from heterospec_vllm.bench.show import cell_table
+from heterospec_vllm.bench.spec import PLAIN, TUNED, BenchSpec, Planned, System
+from heterospec_vllm.demo_server import ServerFailed
+
+Failures = (EngineFailed, ServerFailed)
+# Of the memory that is free when the first engine is loaded, the part that engines may take.
+MEMORY_SHARE = 0.85
+
+
+@dataclass(frozen=True)
+class _Key:
+    cell: Cell
+    system: str
+    round: int
+
+
+@dataclass
+class _Answers:
+    """Plain decoding's greedy answers to a cell's requests, and what the target thinks along them."""
+
+    token_ids: list[list[int]]
+    forced: list[list[Position]] | None = field(default=None, repr=False)
+
+
+class Bench:
+    """One benchmark in one folder of results."""
+
+    def __init__(
+        self,
+        spec: BenchSpec,
+        cells: list[Planned],
+        prompts: PromptSets,
+        folder: Path,
+        environment: Environment,
+        # mode, key of the engine or server, the systems it serves
+        make: Callable[[str, str, tuple[System, ...]], Contender],
+        console: Console,
+        free_memory: Callable[[], int],
+    ) -> None:
+        self.spec, self.cells, self.prompts, self.folder = spec, cells, prompts, folder
+        self.environment, self.make, self.console = environment, make, console
+        self.free_memory = free_memory
+        self.done: set[_Key] = set()
+        self.group_of: dict[tuple[str, str], int] = {}
+        self.gates: dict[tuple[str, Cell], Gate] = {}
+        self._plain_answers: dict[Cell, _Answers] = {}
+        self._last_group = 0
+        self.num_failed = self.num_different = 0
+        for row in rows.read(folder / rows.ROWS, Row):
+            self._last_group = max(self._last_group, row.group)
+            if row.status != "failed":
+                self.done.add(_Key(row.cell, row.system, row.round))
+            if row.status == "different":
+                self.num_different += 1
+            if row.gate is not None and row.status != "failed":
+                self.gates[row.system, _greedy(row.cell)] = row.gate
+        known = rows.read(folder / rows.PROMPTS, Prompt)
+        self._known_prompts = {(p.target, p.prompt_set, p.index) for p in known}
+
+    # ---- planning
+
+    def pending(self, planned: Planned, system: System) -> list[int]:
+        """Rounds of a cell that a system has still to run."""
+        return [
+            r for r in range(planned.rounds) if _Key(planned.cell, system.name, r) not in self.done
+        ]
+
+    def run(self) -> int:
+        """The exit code: 0, or 1 where a cell failed or a system's answers differ."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / rows.SPEC).write_text(
+            yaml.safe_dump(self.spec.model_dump(mode="json"), sort_keys=False)
+        )
+        total = sum(len(self.pending(p, s)) for p in self.cells for s in p.systems)
+        if not total:
+            self.console.print("every row of this benchmark exists already")
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console, speed_estimate_period=3600) as self.progress:
+            self._task = self.progress.add_task("loading", total=total)
+            for mode in ("offline", "serving"):
+                self._run_mode(mode, [p for p in self.cells if p.cell.mode == mode])
+        return int(bool(self.num_failed or self.num_different))
+
+    def _run_mode(self, mode: str, cells: list[Planned]) -> None:
+        systems: dict[str, dict[str, System]] = defaultdict(dict)
+        for planned in cells:
+            for system in planned.systems:
+                if self.pending(planned, system):
+                    systems[self._key(mode, system)][system.name] = system
+        waiting = [key for key in systems if key not in (PLAIN, TUNED)]
+        # Tuned by the others' rows.
+        tuned = [key for key in systems if key == TUNED]
+        if not systems:
+            return
+        plain = System(PLAIN, PLAIN)
+        while True:
+            if not waiting:
+                waiting, tuned = tuned, []
+            self._last_group += 1
+            group = _Group(self, mode, self._last_group)
+            try:
+                if group.load(PLAIN, (plain,)):
+                    room = self._room(group)
+                    taken, waiting = waiting[:room], waiting[room:]
+                    for key in taken:
+                        group.load(key, tuple(systems[key].values()))
+                else:
+                    taken, waiting = waiting, []
+                group.run([p for p in cells if self._concerns(p, mode, {PLAIN, *taken})])
+            finally:
+                group.close()
+            if not waiting and not tuned:
+                return
+
+    def _concerns(self, planned: Planned, mode: str, keys: set[str]) -> bool:
+        return any(self._key(mode, s) in keys and self.pending(planned, s) for s in planned.systems)
+
+    def _key(self, mode: str, system: System) -> str:
+        """Systems with one key share an engine; a server's policy cannot be switched."""
+        return system.engine if mode == "offline" else system.name
+
+    def _room(self, group: _Group) -> int:
+        """How many more engines fit, if each takes what the first has taken."""
+        if self.spec.max_engines is not None:
+            return self.spec.max_engines - 1
+        return max(1, int(MEMORY_SHARE * self.free_memory() / max(1, group.memory(PLAIN))))
+
+    # ---- rows
+
+    def write(self, planned: Planned, system: System, group: int, number: int, **values) -> Row:
+        row = Row(
+            cell=planned.cell,
+            system=system.name,
+            group=group,
+            round=number,
+            time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            environment=values.pop("environment", self.environment),
+            **values,
+        )
+        rows.append(self.folder / rows.ROWS, row)
+        self.num_failed += row.status == "failed"
+        self.num_different += row.status == "different"
+        key = _Key(row.cell, row.system, row.round)
+        if key in self.done:  # plain decoding beside another group of engines
+            self.progress.update(self._task, total=1 + (self.progress.tasks[0].total or 0))
+        if row.status != "failed":
+            self.done.add(key)
+        self.progress.advance(self._task)
+        return row
+
+    def fail(self, planned: Planned, system: System, group: int, reason: str) -> None:
+        """Marks what is left of a cell for one system."""
+        self.console.print(f"[red]failed[/]: {system.name}, {planned.cell.label}: {reason}")
+        for number in self.pending(planned, system):
+            self.write(planned, system, group, number, status="failed", reason=reason)
+
+    def describe(self, text: str) -> None:
+        self.progress.update(self._task, description=text)
+        if not self.console.is_terminal:
+            done, total = self.progress.tasks[0].completed, self.progress.tasks[0].total
+            self.console.print(f"{time.strftime('%H:%M:%S')} {done:.0f}/{total:.0f} {text}")
+
+    def save_entropies(self, plain: Contender, cell: Cell, prompts: list[SetPrompt]) -> None:
+        """Adds what is not known yet of a cell's prompts, from the answers of plain decoding."""
+        answers = self.plain_answers(plain, cell, prompts)
+        for prompt, positions in zip(requests_of(cell, prompts), answers.forced or (), strict=True):
+            key = cell.target, prompt.prompt_set, prompt.index
+            if key in self._known_prompts:
+                continue
+            self._known_prompts.add(key)
+            record = Prompt(
+                target=cell.target,
+                prompt_set=prompt.prompt_set,
+                index=prompt.index,
+                num_tokens=len(prompt.token_ids),
+                entropy=round(entropy(positions), 4),
+            )
+            rows.append(self.folder / rows.PROMPTS, record)
+
+    # ---- the gate
+
+    def plain_answers(
+        self, plain: Contender, cell: Cell, prompts: list[SetPrompt], fresh: Outcome | None = None
+    ) -> _Answers:
+        """Of a cell, from a timed greedy run where there is one."""
+        key = _greedy(cell)
+        if key not in self._plain_answers:
+            if fresh is not None and fresh.answers is not None and cell.temperature == 0:
+                answers = fresh.answers
+            else:
+                answers = plain.greedy(System(PLAIN, PLAIN), cell, prompts)
+            self._plain_answers[key] = _Answers(answers)
+        known = self._plain_answers[key]
+        if known.forced is None:
+            ids = [p.token_ids for p in requests_of(cell, prompts)]
+            known.forced = plain.teacher_forced(ids, known.token_ids)
+        return known
+
+    def gate(
+        self,
+        plain: Contender,
+        system: System,
+        contender: Contender,
+        cell: Cell,
+        prompts: list[SetPrompt],
+        outcome: Outcome | None,
+    ) -> Gate:
+        """A system's greedy answers against plain decoding's, once for every cell's requests."""
+        key = system.name, _greedy(cell)
+        if key not in self.gates:
+            if outcome is not None and outcome.answers is not None and cell.temperature == 0:
+                answers = outcome.answers
+            else:
+                answers = contender.greedy(system, cell, prompts)
+            expected = self.plain_answers(plain, cell, prompts)
+            assert expected.forced is not None
+            self.gates[key] = judge(expected.token_ids, answers, expected.forced, self.spec.margin)
+        return self.gates[key]
+
+
+class _Group:
+    """Engines that are loaded together, plain vLLM always among them."""
+
+    def __init__(self, bench: Bench, mode: str, number: int) -> None:
+        self.bench, self.mode, self.number = bench, mode, number
+        self.loaded: dict[str, Contender] = {}
+        self.systems: dict[str, tuple[System, ...]] = {}
+        self.broken: dict[str, str] = {}  # why an engine is not there
+
+    def load(self, key: str, systems: tuple[System, ...]) -> bool:
+        self.systems[key] = systems
+        self.bench.describe(f"loading {key}")
+        contender: Contender | None = None
+        started = False
+        try:
+            contender = self.bench.make(self.mode, key, systems)
+            contender.start()
+            started = True
+        except (*Failures, ValueError) as error:
+            self.broken[key] = str(error)
+            self.bench.console.print(f"[red]{key} does not start[/]: {error}")
+        finally:  # also on Ctrl-C while an engine loads
+            if not started and contender is not None:
+                contender.close()
+        if started:
+            self.broken.pop(key, None)
+            assert contender is not None
+            self.loaded[key] = contender
+        return started
+
+    def memory(self, key: str) -> int:
+        return self.loaded[key].memory()
+
+    def close(self) -> None:
+        for contender in self.loaded.values():
+            contender.close()
+        self.loaded.clear()
+
+    def run(self, cells: Iterable[Planned]) -> None:
+        for planned in cells:
+            self._revive()
+            self._run_cell(planned)
+
+    def _revive(self) -> None:
+        """An engine that died in a cell gets another chance in the next one."""
+        for key in [k for k, reason in self.broken.items() if reason.startswith("died: ")]:
+            self.load(key, self.systems[key])
+
+    def _run_cell(self, planned: Planned) -> None:
+        bench, cell = self.bench, planned.cell
+        prompts = bench.prompts.of(cell)
+        here = [s for s in planned.systems if bench._key(self.mode, s) in self.systems]
+        mine = [s for s in here if bench.pending(planned, s)]
+        if mine and mine[0].name != PLAIN:  # its rows are of another group
+            mine.insert(0, System(PLAIN, PLAIN))
+        for system in list(mine):
+            reason = self.broken.get(bench._key(self.mode, system))
+            if PLAIN in self.broken:
+                reason = reason or f"plain: {self.broken[PLAIN]}"
+            if reason is not None:
+                bench.fail(planned, system, self.number, reason)
+                mine.remove(system)
+        for system in list(mine):
+            bench.describe(f"warming up {system.name}: {cell.label}")
+            self._guarded(planned, system, mine, self._warm_up, prompts)
+        done: list[Row] = []
+        for number in range(planned.rounds):
+            bench.describe(f"round {number + 1} of {planned.rounds}: {cell.label}")
+            turn = [s for s in mine if number in bench.pending(planned, s)]
+            if turn and turn[0].name != PLAIN:
+                turn.insert(0, mine[0])
+            for system in turn:
+                if system in mine:
+                    row = self._guarded(planned, system, mine, self._round, prompts, number)
+                    if row is not None:
+                        done.append(row)
+        if done:
+            bench.console.print(cell_table(cell, done))
+
+    def _guarded(self, planned: Planned, system: System, mine: list[System], act, *values):
+        """``act``, or nothing where the engine fails in it: the cell is marked, the rest goes on."""
+        key = self.bench._key(self.mode, system)
+        try:
+            return act(planned, system, *values)
+        except Failures as error:
+            self.broken[key] = f"died: {error}"
+            self.loaded.pop(key).close()
+            for other in [s for s in mine if self.bench._key(self.mode, s) == key]:
+                self.bench.fail(planned, other, self.number, str(error))
+                mine.remove(other)
+            if key == PLAIN:  # nothing can be compared
+                for other in list(mine):
+                    self.bench.fail(planned, other, self.number, f"plain: {error}")
+                mine.clear()
+            return None
+
+    def _contender(self, system: System) -> Contender:
+        return self.loaded[self.bench._key(self.mode, system)]
+
+    def _warm_up(self, planned: Planned, system: System, prompts: list[SetPrompt]) -> None:
+        self._contender(system).warm_up(
+            system, planned.cell, prompts, self.bench.spec.warmup_tokens
+        )
+
+    def _round(
+        self, planned: Planned, system: System, prompts: list[SetPrompt], number: int
+    ) -> Row:
+        bench, cell = self.bench, planned.cell
+        contender, plain = self._contender(system), self.loaded[PLAIN]
+        outcome = contender.run(system, cell, prompts)
+        if system.name == PLAIN:
+            bench.plain_answers(plain, cell, prompts, outcome)
+            bench.save_entropies(plain, cell, prompts)
+        gate = bench.gate(plain, system, contender, cell, prompts, outcome)
+        environment = bench.environment.model_copy(update={"threads": contender.threads})
+        if gate.different:
+            reason = f"{gate.different} of {gate.same + gate.near_ties + gate.different} answers differ from plain's"
+            return bench.write(
+                planned, system, self.number, number,
+                status="different", reason=reason, gate=gate, counters=outcome.counters,
+                environment=environment,
+            )  # fmt: skip
+        return bench.write(
+            planned, system, self.number, number,
+            status="ok", gate=gate, counters=outcome.counters, environment=environment,
+            seconds=round(outcome.seconds, 4),
+            num_tokens=outcome.num_tokens,
+            request_seconds=outcome.request_seconds
+            and [round(s, 4) for s in outcome.request_seconds],
+            serving=outcome.serving,
+        )  # fmt: skip
+
+
+def _greedy(cell: Cell) -> Cell:
+    """Cells of the same greedy requests share a gate, whatever is timed in them."""
+    return cell.model_copy(update={"temperature": 0.0, "request_rate": None})

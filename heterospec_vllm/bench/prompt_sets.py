@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The prompts of a benchmark: files, our own, or vLLM's datasets; and which of them a cell sends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+from heterospec_vllm.bench.rows import Cell
+from heterospec_vllm.bench.spec import MIX, Dataset
+from heterospec_vllm.prompts import BUILT_IN, chat_token_ids, texts_of
+
+# Answers that repeat themselves, where deep drafts pay.
+REPETITIVE = (
+    "Count from 1 to 60, separated by commas.",
+    "Write the word 'hello' forty times.",
+    "List the numbers from 100 down to 50.",
+    "Repeat this sentence twenty times: The quick brown fox jumps over the lazy dog.",
+    "Write out the multiplication table of seven, from 7 x 1 to 7 x 30.",
+    "Write the alphabet ten times, one letter after the other.",
+    "List all months of the years 2020 to 2024, each with its year.",
+    "Print the powers of two from 2^1 to 2^40.",
+)
+BUILT_INS = {"builtin": BUILT_IN, "builtin:repetitive": REPETITIVE}
+MOST = 128  # prompts of a file that are looked at
+
+
+@dataclass(frozen=True)
+class SetPrompt:
+    prompt_set: str
+    index: int
+    text: str
+    token_ids: list[int]
+
+
+class PromptSets:
+    """Every set's prompts as texts and as token ids of the chat template."""
+
+    def __init__(self, sets: dict[str, str | Dataset], tokenizer: Any, most_tokens: int) -> None:
+        """``most_tokens``: longer prompts are left out. Raises ValueError for a set without usable prompts."""
+        self.sets: dict[str, list[SetPrompt]] = {}
+        for name, source in sets.items():
+            texts = _texts(name, source, tokenizer)[:MOST]
+            ids = chat_token_ids(tokenizer, texts, most_tokens + 1)
+            self.sets[name] = [
+                SetPrompt(name, i, text, tokens)
+                for i, (text, tokens) in enumerate(zip(texts, ids, strict=True))
+                if len(tokens) <= most_tokens
+            ]
+            if not self.sets[name]:
+                raise ValueError(
+                    f"prompts.{name}: every prompt is longer than {most_tokens} tokens "
+                    "(max_model_len less output_len)"
+                )
+
+    def of(self, cell: Cell) -> list[SetPrompt]:
+        """The prompts that a cell sends, in order; a set that is too small goes round."""
+        chosen = _mixed(list(self.sets.values())) if cell.prompt_set == MIX else None
+        prompts = chosen if chosen is not None else self.sets[cell.prompt_set]
+        if cell.load == "prefill":
+            prompts = sorted(prompts, key=lambda p: len(p.token_ids), reverse=True)
+        return list(islice(cycle(prompts), cell.num_prompts))
+
+
+def _mixed(sets: list[list[SetPrompt]]) -> list[SetPrompt]:
+    """The first prompt of every set, then the second ones, and so on."""
+    longest = max(map(len, sets), default=0)
+    return [prompts[i] for i in range(longest) for prompts in sets if i < len(prompts)]
+
+
+def _texts(name: str, source: str | Dataset, tokenizer: Any) -> list[str]:
+    if isinstance(source, Dataset):
+        return _vllm_dataset(name, source, tokenizer)
+    if source in BUILT_INS:
+        return list(BUILT_INS[source])
+    if source.startswith("builtin"):
+        raise ValueError(f"prompts.{name}: found '{source}', allowed: {', '.join(BUILT_INS)}")
+    try:
+        return texts_of(Path(source))
+    except ValueError as error:
+        raise ValueError(f"prompts.{name}: {error}") from error
+
+
+def _vllm_dataset(name: str, source: Dataset, tokenizer: Any) -> list[str]:
+    from argparse import ArgumentError
+
+    from vllm.benchmarks.datasets import add_dataset_parser, get_samples
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser(exit_on_error=False)
+    add_dataset_parser(parser)
+    given = ["--dataset-name", source.dataset, "--num-prompts", str(source.num_prompts)]
+    try:
+        arguments, unknown = parser.parse_known_args([*given, *source.arguments])
+        if unknown:
+            raise ValueError(f"it knows no argument {unknown[0]}")
+        samples = get_samples(arguments, tokenizer)
+    except (
+        ValueError,
+        RuntimeError,
+        OSError,
+        TypeError,
+        KeyError,
+        ArgumentError,
+        SystemExit,
+    ) as error:
+        raise ValueError(f"prompts.{name}: vLLM's dataset '{source.dataset}': {error}") from error
+    return [str(sample.prompt) for sample in samples]

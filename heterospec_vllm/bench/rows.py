@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a benchmark leaves on disk: one JSON line a run, whole or absent.
+
+A folder of results holds ``rows.jsonl`` (:class:`Row`), ``prompts.jsonl`` (:class:`Prompt`), ``growth.jsonl``
+(:class:`GrowthRow`) and the ``spec.yaml`` that made them. The report reads nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+ROWS = "rows.jsonl"
+PROMPTS = "prompts.jsonl"
+GROWTH = "growth.jsonl"
+SPEC = "spec.yaml"
+
+Status = Literal["ok", "failed", "different"]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Cell(_Record):
+    """One comparison: every system runs it, in turns, ``rounds`` times."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    mode: Literal["offline", "serving"] = "offline"
+    target: str  # its name in tables
+    prompt_set: str  # a name of the spec's `prompts`, or "mix" of all
+    load: Literal["steady", "rising", "prefill"] = "steady"
+    concurrency: int  # most requests at once; for open-loop arrivals the server's bound
+    request_rate: float | None = None  # serving: requests a second, Poisson; None: closed loop
+    temperature: float
+    output_len: int
+    num_prompts: int
+
+    @property
+    def label(self) -> str:
+        rate = "" if self.request_rate is None else f", {self.request_rate:g} requests/s"
+        load = "" if self.load == "steady" else f", {self.load}"
+        mode = "" if self.mode == "offline" else ", serving"
+        return (
+            f"{self.target}, {self.prompt_set}, {self.concurrency} at once{rate}{load}{mode}, "
+            f"T={self.temperature:g}"
+        )
+
+
+class Gate(_Record):
+    """Greedy answers of a system against plain vLLM's on the same prompts."""
+
+    same: int
+    near_ties: int  # first differences where plain decoding's own choice was a near-tie
+    different: int
+    largest_gap: float  # nats, over the first differences; 0 where there is none
+
+
+class Serving(_Record):
+    """What ``vllm bench serve`` measured: milliseconds, requests and tokens a second."""
+
+    request_throughput: float
+    goodput: float | None  # requests a second within the spec's limits
+    ttft_p50: float
+    ttft_p99: float
+    tpot_p50: float
+    tpot_p99: float
+    itl_p50: float
+    itl_p99: float
+    e2el_p50: float
+    e2el_p99: float
+    completed: int
+    failed: int
+
+
+class Environment(_Record):
+    """Where and with what a row was made."""
+
+    commit: str
+    versions: dict[str, str]
+    machine: str
+    threads: str  # how they were bound
+    command: str
+
+
+class Row(_Record):
+    """One timed run of one system in one cell."""
+
+    cell: Cell
+    system: str
+    group: int = 0  # engines that were loaded together; ratios compare within a group
+    round: int
+    status: Status
+    reason: str | None = None  # of a status other than ok
+    # Absent where nothing was timed, or where the answers differ: then no timing is shown at all.
+    seconds: float | None = None
+    num_tokens: int | None = None
+    request_seconds: list[float] | None = None  # [num_prompts], of cells with one request at a time
+    gate: Gate | None = None
+    # Ours: heterospec's counters of the run (docs/metrics.md). vLLM's drafters: num_drafts, num_draft_tokens,
+    # num_accepted_tokens of vLLM's own metrics. Plain: none.
+    counters: dict[str, Any] | None = None
+    serving: Serving | None = None
+    time: str
+    environment: Environment
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        if not self.seconds or self.num_tokens is None:
+            return None
+        return self.num_tokens / self.seconds
+
+
+class Prompt(_Record):
+    """A prompt of a set and how uncertain the target is about its answer."""
+
+    target: str
+    prompt_set: str
+    index: int
+    num_tokens: int
+    entropy: float  # nats a token, mean over plain decoding's greedy answer, of its top 20 choices
+
+
+class GrowthRow(_Record):
+    """One point of a sweep: the median step of our engine, by part."""
+
+    target: str
+    sweep: Literal["nodes", "requests", "context"]
+    value: int
+    nodes: int  # verified draft nodes of each request
+    requests: int
+    context: int
+    ms_per_step: float
+    ms_plain: float  # of the same engine's step without speculation, same requests and context
+    spans_ms: dict[str, float]  # by part, see `heterospec step-table`
+    attention_ms: float | None = None  # one layer's call of our op with these queries
+    vllm_attention_ms: float | None = None  # the same of vLLM's op, the queries as a chain
+    time: str
+    environment: Environment
+
+
+R = TypeVar("R", bound=BaseModel)
+
+
+def read(path: Path, kind: type[R]) -> Iterator[R]:
+    """The records of a file; nothing where it does not exist; a torn last line is left out."""
+    if not path.exists():
+        return
+    with path.open() as lines:
+        for line in lines:
+            if line.endswith("\n"):
+                yield kind.model_validate(json.loads(line))
+
+
+def append(path: Path, record: BaseModel) -> None:
+    """Adds a line in one write, after cutting off what an interrupted run left of its last one."""
+    line = (record.model_dump_json() + "\n").encode()
+    with path.open("ab+") as file:
+        size = file.seek(0, os.SEEK_END)
+        if size:
+            file.seek(size - 1)
+            if file.read(1) != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(line)

@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark's YAML: systems, prompt sets, groups of cells. Every option is declared here once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from heterospec_vllm.bench.growth_points import GrowthSpec
+from heterospec_vllm.bench.rows import Cell
+
+MIX = "mix"
+# Options of each kind of system with their defaults; None: the option must be given.
+KINDS: dict[str, dict[str, int | None]] = {
+    "plain": {},
+    "eagle3": {"k": None},
+    "eagle3 tuned": {},
+    "ngram": {"k": 4},
+    "off": {},
+    "chain": {"k": None},
+    "static": {"nodes": 6, "depth": 2, "top": 4},
+    "paper": {"nodes": 8, "depth": 3, "top": 4},
+    "marginal": {"nodes": 16, "depth": 6, "top": 8},
+}
+PLAIN, OURS, TUNED = "plain", "ours", "eagle3 tuned"
+# Nats that separate numeric noise from another answer: a few units in the last place of a logit of about 20.
+NEAR_TIES = {"bfloat16": 0.5, "float16": 0.1, "float32": 1e-3}
+
+
+@dataclass(frozen=True)
+class System:
+    """One column of the table: an engine and, in ours, the policy it is switched to."""
+
+    name: str
+    engine: str
+    # of vLLM's config, without the head; `ours` gets its own from all its systems
+    speculative_config: dict[str, Any] | None = field(default=None, hash=False)
+    policy: dict[str, Any] | None = field(default=None, hash=False)
+
+    @property
+    def needs_head(self) -> bool:
+        return self.speculative_config is not None and "model" in self.speculative_config
+
+
+def system_of(name: str) -> System:
+    """The system that a name like `static nodes=6 depth=2` stands for; ValueError for an unknown one."""
+    words = name.split()
+    kind = " ".join(word for word in words if "=" not in word)
+    if kind not in KINDS:
+        raise ValueError(f"systems: found '{name}', allowed: {', '.join(_shown())}")
+    options = dict(KINDS[kind])
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            continue
+        if key not in options or not re.fullmatch(r"[1-9]\d?", value):
+            allowed = ", ".join(f"{o}=1..99" for o in KINDS[kind]) or "no options"
+            raise ValueError(f"systems: '{name}': found '{word}', allowed: {allowed}")
+        options[key] = int(value)
+    missing = [key for key, value in options.items() if value is None]
+    if missing:
+        raise ValueError(f"systems: '{name}': missing {missing[0]}=1..99")
+    return _build(name, kind, {key: int(value or 0) for key, value in options.items()})
+
+
+def _shown() -> list[str]:
+    return [" ".join([kind, *(f"{o}=N" for o in options)]) for kind, options in KINDS.items()]
+
+
+def _build(name: str, kind: str, options: dict[str, int]) -> System:
+    if kind == "plain":
+        return System(name, PLAIN)
+    if kind in ("eagle3", TUNED):
+        config = {"method": "eagle3", "model": "", "num_speculative_tokens": options.get("k", 0)}
+        return System(name, name, config)
+    if kind == "ngram":
+        config = {
+            "method": "ngram",
+            "num_speculative_tokens": options["k"],
+            "prompt_lookup_max": 4,
+            "prompt_lookup_min": 2,
+        }
+        return System(name, name, config)
+    ours = {"method": "heterospec", "model": ""}
+    if kind == "off":
+        return System(name, OURS, ours, {"policy": "plain"})
+    if kind == "chain":
+        shape = {"num_speculative_tokens": options["k"], "max_depth": options["k"], "top_k": 1}
+    else:
+        shape = {
+            "num_speculative_tokens": options["nodes"],
+            "max_depth": options["depth"],
+            "top_k": options["top"],
+        }
+    return System(name, OURS, ours, {"policy": kind, **shape})
+
+
+def engine_config(engine: str, systems: list[System], head: str) -> dict[str, Any] | None:
+    """The speculative config of an engine that serves some systems; of ours, the widest of its policies."""
+    config = next(s.speculative_config for s in systems if s.engine == engine)
+    if config is None:
+        return None
+    config = {**config, "model": head} if "model" in config else dict(config)
+    if engine != OURS:
+        return config
+    policies = [s.policy for s in systems if s.engine == OURS and s.policy is not None]
+    for name in ("num_speculative_tokens", "max_depth", "top_k"):
+        config[name] = max((p.get(name, 1) for p in policies), default=1)
+    return config
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Dataset(_Spec):
+    """Prompts of one of vLLM's own benchmark datasets."""
+
+    dataset: str  # as `vllm bench serve --dataset-name`
+    arguments: list[str] = []  # further ones of `vllm bench serve`, e.g. --random-input-len
+    num_prompts: int = Field(16, ge=1)
+
+
+def _off(names: Any) -> Any:
+    """YAML reads an unquoted ``off`` as false."""
+    return ["off" if n is False else n for n in names] if isinstance(names, list) else names
+
+
+Names = Annotated[list[str], BeforeValidator(_off)]
+
+
+class CellGroup(_Spec):
+    """Cells that differ in prompt set, load, concurrency, rate and temperature."""
+
+    mode: Literal["offline", "serving"] = "offline"
+    prompts: Literal["each", "mix"] | list[str] = "mix"
+    load: Literal["steady", "rising", "prefill"] = "steady"
+    concurrency: list[int]
+    request_rate: list[float | None] = [None]
+    temperature: list[float] = [0.0]
+    output_len: int = Field(64, ge=1)
+    num_prompts: int = Field(1, ge=1)  # a run; at least as many as are decoded at once
+    rounds: int | None = Field(None, ge=1)  # instead of the spec's
+    systems: Names | None = None  # instead of all
+
+    @field_validator("concurrency")
+    @classmethod
+    def _positive(cls, values: list[int]) -> list[int]:
+        if not values or min(values) < 1:
+            raise ValueError("allowed: a list of whole numbers >= 1")
+        return values
+
+    @field_validator("temperature")
+    @classmethod
+    def _not_negative(cls, values: list[float]) -> list[float]:
+        if not values or min(values) < 0:
+            raise ValueError("allowed: a list of numbers >= 0")
+        return values
+
+    @model_validator(mode="after")
+    def _rates_need_a_server(self) -> CellGroup:
+        rates = [rate for rate in self.request_rate if rate is not None]
+        if rates and self.mode != "serving":
+            raise ValueError("request_rate: allowed only with `mode: serving`")
+        if rates and min(rates) <= 0:
+            raise ValueError("request_rate: allowed: numbers > 0, or null")
+        if not self.request_rate:
+            raise ValueError("request_rate: allowed: a list of numbers > 0, or null")
+        return self
+
+
+class BenchSpec(_Spec):
+    """One benchmark: `heterospec bench SPEC.yaml`."""
+
+    target: str | None = None  # folder or hub id; default: the embedded model
+    target_name: str | None = None  # in tables; default: the folder's name
+    head: str | None = None  # default: the shipped head
+    profile: str | None = None  # of our engine; default: the one that fits the pair
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    max_model_len: int = Field(2048, ge=64)
+    systems: Names
+    # path, `builtin`, `builtin:repetitive`, or a dataset of vLLM
+    prompts: dict[str, str | Dataset]
+    cells: list[CellGroup] = []
+    growth: GrowthSpec | None = None
+    rounds: int = Field(3, ge=1)
+    warmup_tokens: int = Field(16, ge=1)
+    # nats; a first difference within is numeric noise; default: by dtype, see NEAR_TIES
+    near_tie: float | None = Field(None, ge=0)
+    # of `eagle3 tuned`, as vLLM's num_speculative_tokens_per_batch_size; default: from this folder's rows
+    schedule: list[tuple[int, int, int]] | None = None
+    goodput: dict[Literal["ttft", "tpot", "e2el"], float] | None = None  # milliseconds
+    max_engines: int | None = Field(None, ge=2)  # loaded at once; default: what fits in memory
+    kv_cache_gib: int = Field(2, ge=1)  # of each engine
+
+    @property
+    def margin(self) -> float:
+        return NEAR_TIES[self.dtype] if self.near_tie is None else self.near_tie
+
+    @field_validator("systems")
+    @classmethod
+    def _known(cls, names: list[str]) -> list[str]:
+        for name in names:
+            system_of(name)
+        if "plain" not in names:
+            raise ValueError("`plain` must be among the systems: all ratios are to it")
+        if len(set(names)) < len(names):
+            raise ValueError("a system is named twice")
+        return names
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> BenchSpec:
+        for number, group in enumerate(self.cells):
+            where = f"cells.{number}"
+            unknown = [s for s in group.systems or [] if s not in self.systems]
+            if unknown:
+                raise ValueError(
+                    f"{where}.systems: found '{unknown[0]}', allowed: {', '.join(self.systems)}"
+                )
+            if isinstance(group.prompts, list):
+                missing = [p for p in group.prompts if p not in self.prompts]
+                if missing:
+                    raise ValueError(
+                        f"{where}.prompts: found '{missing[0]}', allowed: {', '.join(self.prompts)}"
+                    )
+        if MIX in self.prompts:
+            raise ValueError(f"prompts: `{MIX}` is the name of all sets together")
+        return self
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A cell with what the group says about its runs."""
+
+    cell: Cell
+    rounds: int
+    systems: tuple[System, ...]
+
+
+def planned_cells(spec: BenchSpec, target_name: str) -> Iterator[Planned]:
+    for group in spec.cells:
+        names = group.systems or spec.systems
+        systems = tuple(system_of(name) for name in spec.systems if name in {"plain", *names})
+        sets = [MIX] if group.prompts == "mix" else group.prompts
+        for temperature in group.temperature:
+            for concurrency in group.concurrency:
+                for rate in group.request_rate:
+                    for prompt_set in list(spec.prompts) if sets == "each" else sets:
+                        cell = Cell(
+                            mode=group.mode,
+                            target=target_name,
+                            prompt_set=prompt_set,
+                            load=group.load,
+                            concurrency=concurrency,
+                            request_rate=rate,
+                            temperature=temperature,
+                            output_len=group.output_len,
+                            num_prompts=max(group.num_prompts, concurrency),
+                        )
+                        yield Planned(cell, group.rounds or spec.rounds, systems)
+
+
+def load_spec(path: Path) -> BenchSpec:
+    """Reads and checks a spec; relative prompt paths are relative to its folder. Raises ValueError."""
+    import yaml
+
+    if not path.is_file():
+        raise ValueError(f"spec: found no file {path}, allowed: a YAML file")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: found {type(values).__name__}, allowed: a mapping")
+    try:
+        spec = BenchSpec.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(f"{path}: {_sentence(error)}") from error
+    for name, source in spec.prompts.items():
+        if isinstance(source, str) and not source.startswith("builtin"):
+            spec.prompts[name] = str(path.parent / Path(source).expanduser())
+    return spec
+
+
+def _sentence(error: ValidationError) -> str:
+    parts = []
+    for problem in error.errors(include_url=False):
+        where = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            message = f"unknown key, allowed: {', '.join(BenchSpec.model_fields)}"
+            if "." in where:
+                message = "unknown key"
+        parts.append(f"{where}: {message}" if where else message)
+    return "; ".join(parts)
