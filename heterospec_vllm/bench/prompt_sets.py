@@ -38,8 +38,15 @@ class SetPrompt:
 class PromptSets:
     """Every set's prompts as texts and as token ids of the chat template."""
 
-    def __init__(self, sets: dict[str, str | Dataset], tokenizer: Any, most_tokens: int) -> None:
+    def __init__(
+        self,
+        sets: dict[str, str | Dataset],
+        tokenizer: Any,
+        most_tokens: int,
+        mixes: dict[str, list[str]] | None = None,  # None: all sets together, as `mix`
+    ) -> None:
         """``most_tokens``: longer prompts are left out. Raises ValueError for a set without usable prompts."""
+        self._mixes = {MIX: list(sets)} if mixes is None else mixes
         self.sets: dict[str, list[SetPrompt]] = {}
         for name, source in sets.items():
             texts = _texts(name, source, tokenizer)[:MOST]
@@ -57,8 +64,10 @@ class PromptSets:
 
     def of(self, cell: Cell) -> list[SetPrompt]:
         """The prompts that a cell sends, in order; a set that is too small goes round."""
-        chosen = _mixed(list(self.sets.values())) if cell.prompt_set == MIX else None
-        prompts = chosen if chosen is not None else self.sets[cell.prompt_set]
+        if cell.prompt_set in self._mixes:
+            prompts = _mixed([self.sets[name] for name in self._mixes[cell.prompt_set]])
+        else:
+            prompts = self.sets[cell.prompt_set]
         if cell.load == "prefill":
             prompts = sorted(prompts, key=lambda p: len(p.token_ids), reverse=True)
         return list(islice(cycle(prompts), cell.num_prompts))

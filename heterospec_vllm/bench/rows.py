@@ -34,7 +34,7 @@ class Cell(_Record):
 
     mode: Literal["offline", "serving"] = "offline"
     target: str  # its name in tables
-    prompt_set: str  # a name of the spec's `prompts`, or "mix" of all
+    prompt_set: str  # a name of the spec's `prompts` or `mixes`
     load: Literal["steady", "rising", "prefill"] = "steady"
     concurrency: int  # most requests at once; for open-loop arrivals the server's bound
     request_rate: float | None = None  # serving: requests a second, Poisson; None: closed loop

@@ -194,6 +194,8 @@ class BenchSpec(_Spec):
     systems: Names
     # path, `builtin`, `builtin:repetitive`, or a dataset of vLLM
     prompts: dict[str, str | Dataset]
+    # name: sets whose prompts are sent in turn; `mix` is all of them unless it is named here
+    mixes: dict[str, list[str]] = {}
     cells: list[CellGroup] = []
     growth: GrowthSpec | None = None
     rounds: int = Field(3, ge=1)
@@ -231,13 +233,22 @@ class BenchSpec(_Spec):
                     f"{where}.systems: found '{unknown[0]}', allowed: {', '.join(self.systems)}"
                 )
             if isinstance(group.prompts, list):
-                missing = [p for p in group.prompts if p not in self.prompts]
+                known = [*self.prompts, MIX, *self.mixes]
+                missing = [p for p in group.prompts if p not in known]
                 if missing:
                     raise ValueError(
-                        f"{where}.prompts: found '{missing[0]}', allowed: {', '.join(self.prompts)}"
+                        f"{where}.prompts: found '{missing[0]}', allowed: {', '.join(known)}"
                     )
         if MIX in self.prompts:
             raise ValueError(f"prompts: `{MIX}` is the name of all sets together")
+        for name, sets in self.mixes.items():
+            unknown = [s for s in sets if s not in self.prompts]
+            if unknown or not sets or name in self.prompts:
+                raise ValueError(
+                    f"mixes.{name}: found {sets}, allowed: a list of {', '.join(self.prompts)}, "
+                    "under a name that no set has"
+                )
+        self.mixes.setdefault(MIX, list(self.prompts))
         return self
 
 

@@ -94,7 +94,10 @@ def _run(spec: BenchSpec, output: Path, console: Console) -> int:
 
     longest = max((p.cell.output_len for p in cells), default=1)
     prompts = PromptSets(
-        spec.prompts, AutoTokenizer.from_pretrained(target), spec.max_model_len - longest - 1
+        spec.prompts,
+        AutoTokenizer.from_pretrained(target),
+        spec.max_model_len - longest - 1,
+        spec.mixes,
     )
     environment = environment_of()
     maker = _Maker(spec, target, head, output, max((p.cell.concurrency for p in cells), default=1))

@@ -298,6 +298,8 @@ def test_our_systems_share_one_engine_that_is_wide_enough():
         ({"cells": [{"concurrency": [1], "request_rate": [2.0]}]}, "mode: serving"),
         ({"rounds": 0}, "rounds"),
         ({"prompts": {"mix": "builtin"}}, "all sets together"),
+        ({"mixes": {"some": ["theirs"]}}, "mixes.some: found .'theirs'., allowed: a list of ours"),
+        ({"mixes": {"ours": ["ours"]}}, "under a name that no set has"),
     ],
 )
 def test_a_bad_spec_names_the_field(tmp_path, changes, words):
@@ -331,6 +333,15 @@ def test_a_mix_takes_the_sets_in_turn_and_prefill_the_longest():
         ("a", 1),
         ("b", 1),
     ]
+    only = PromptSets(
+        {"a": "builtin", "b": "builtin:repetitive"},
+        Words(),
+        100,
+        {"mix": ["b"], "both": ["a", "b"]},
+    )
+    assert {p.prompt_set for p in only.of(cell)} == {"b"}
+    both = only.of(cell.model_copy(update={"prompt_set": "both"}))
+    assert [p.prompt_set for p in both] == ["a", "b", "a", "b"]
     longest = sets.of(cell.model_copy(update={"load": "prefill", "num_prompts": 1}))[0]
     assert len(longest.token_ids) == max(len(p.token_ids) for s in sets.sets.values() for p in s)
 
