@@ -42,25 +42,21 @@ def chat_token_ids(tokenizer: Any, texts: list[str], most: int) -> list[list[int
 
 def _text(path: Path, number: int, line: bytes) -> str:
     try:
-        text = _first_text(json.loads(line))
-    except ValueError:  # no JSON, or no UTF-8
-        text = None
-    if text is None:
+        return text_of(json.loads(line))
+    except ValueError:  # no JSON, no UTF-8, or no prompt
         shown = line.strip()[:_MAX_SHOWN].decode(errors="replace")
-        raise ValueError(f"{path}, line {number}: found {shown!r}, allowed: {_ALLOWED}")
-    return text
+        raise ValueError(f"{path}, line {number}: found {shown!r}, allowed: {_ALLOWED}") from None
 
 
-def _first_text(row: Any) -> str | None:
-    """`prompt`, else the first of `turns`; None where neither is a text of some length."""
-    if not isinstance(row, dict):
-        return None
-    turns = row.get("turns")
-    first_turn = turns[0] if isinstance(turns, list) and turns else None
-    for text in (row.get("prompt"), first_turn):
-        if isinstance(text, str) and text:
-            return text
-    return None
+def text_of(row: Any) -> str:
+    """`prompt`, else the first of `turns`; ValueError where neither is a text of some length."""
+    if isinstance(row, dict):
+        turns = row.get("turns")
+        first_turn = turns[0] if isinstance(turns, list) and turns else None
+        for text in (row.get("prompt"), first_turn):
+            if isinstance(text, str) and text:
+                return text
+    raise ValueError(f"found {str(row)[:_MAX_SHOWN]}, allowed: {_ALLOWED}")
 
 
 # Calibration's default: short requests of many kinds, ours.

@@ -17,6 +17,7 @@ from rich.progress import track
 from rich.table import Table
 
 from heterospec_vllm.cli.engine import in_process_llm
+from heterospec_vllm.cli.sizes import sizes_of
 from heterospec_vllm.prompts import BUILT_IN, chat_token_ids, texts_of
 
 # (nodes, depth, top_k) whose steps are timed; 0 nodes is plain decoding
@@ -72,7 +73,7 @@ def calibrate(
         texts = [text for path in prompts for text in texts_of(path)] if prompts else list(BUILT_IN)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--prompts") from error
-    sizes = _sizes(timed_batches)
+    sizes = sizes_of(timed_batches, "--timed-batches")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     llm = in_process_llm(
         target,
@@ -117,16 +118,6 @@ def _require_libraries() -> None:
                 f"found no library {name}, allowed: an installation with the extra `calibrate` "
                 "(pip install 'heterospec-vllm[calibrate]')"
             )
-
-
-def _sizes(text: str) -> list[int]:
-    sizes = [int(part) for part in text.split(",") if part.strip().isdigit()]
-    if not sizes or min(sizes) < 1 or len(sizes) != len(text.split(",")):
-        raise typer.BadParameter(
-            f"found '{text}', allowed: positive integers, comma-separated",
-            param_hint="--timed-batches",
-        )
-    return sizes
 
 
 def _trace(llm: Any, ids: list[list[int]], tokens: int, batch: int, sampled: bool) -> Any:

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from heterospec_vllm.cli.sizes import sizes_of
+
 CHAINS = (1, 2, 3, 5)
 # (nodes, depth, top_k)
 TREES = ((4, 2, 4), (6, 2, 4), (8, 3, 4), (12, 4, 8))
@@ -36,8 +38,8 @@ def simulate(
     from heterospec_vllm.simulate import Replay
     from heterospec_vllm.trace import Trace
 
+    sizes = sizes_of(batches, "--batches")
     try:
-        sizes = [int(size) for size in batches.split(",")]
         loaded, recorded = load_profile(profile), Trace.load(trace)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error

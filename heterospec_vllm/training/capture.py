@@ -32,6 +32,8 @@ from typing import Any
 
 import torch
 
+from heterospec_vllm.prompts import text_of
+
 SEQUENCES = "sequences.jsonl"
 FEATURES = "features.bin"
 META = "meta.json"
@@ -151,15 +153,6 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
-def prompt_text(line: dict[str, Any]) -> str:
-    """The first user message of a prompt line."""
-    if "prompt" in line:
-        return line["prompt"]
-    if line.get("turns"):
-        return line["turns"][0]
-    raise ValueError(f"a prompt line needs 'prompt' or 'turns', found {sorted(line)}")
-
-
 def make_jobs(
     prompts: Path,
     answers: Path | None,
@@ -189,7 +182,7 @@ def make_jobs(
         order += [((i + rng.random()) / len(lines) ** 0.5, line) for i, line in enumerate(lines)]
     for _, line in sorted(order, key=lambda item: item[0]):
         ids = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt_text(line)}],
+            [{"role": "user", "content": text_of(line)}],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=False,

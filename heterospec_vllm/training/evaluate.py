@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from heterospec_vllm.training.capture import prompt_text, read_jsonl
+from heterospec_vllm.prompts import texts_of
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,7 @@ def measure(
     results = []
     before = _counters(llm, num_speculative_tokens)
     for file in files:
-        conversations = [
-            [{"role": "user", "content": prompt_text(line)}] for line in read_jsonl(file)
-        ][:limit]
+        conversations = [[{"role": "user", "content": text}] for text in texts_of(file)][:limit]
         outputs = llm.chat(conversations, sampling, use_tqdm=False)
         after = _counters(llm, num_speculative_tokens)
         drafts, *accepted = (new - old for new, old in zip(after, before, strict=True))

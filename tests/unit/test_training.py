@@ -372,5 +372,5 @@ def test_jobs_take_known_answers_first_and_name_a_bad_prompt(tmp_path):
     jobs = make_jobs(prompts, answers, Tokenizer(), **keywords)
     assert jobs == [Job("a", [5], [6, 7], 0.9), Job("b", [3, 3, 3], None, 0.0)]
     prompts.write_text('{"id": "a", "question": "?"}\n')
-    with pytest.raises(ValueError, match="'prompt' or 'turns'.*question"):
+    with pytest.raises(ValueError, match="question.*allowed: a JSON object with `prompt`"):
         make_jobs(prompts, None, Tokenizer(), **keywords)
