@@ -25,6 +25,7 @@ from heterospec_vllm.attention.cpu import DraftLevelMetadata
 from heterospec_vllm.growth import Parents, children_of, level_of
 from heterospec_vllm.policies import Batch, DraftPolicy
 from heterospec_vllm.policy import Bools, in_beam
+from heterospec_vllm.taps import TapFusion
 from heterospec_vllm.timing import CLOCK
 from heterospec_vllm.tree import NO_ROW, CandidatePool, DraftTrees, Floats, Ints
 from heterospec_vllm.true_tokens import (
@@ -68,6 +69,7 @@ class HeteroSpecProposer(EagleProposer):
         self.first_pass_seconds = 0.0  # of the latest first pass
         self._first_pass_tokens = 0
         self._silent = False
+        self._tap_fusion: TapFusion | None = None
 
     def dummy_run(self, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Warm up with two passes instead of one per speculative token."""
@@ -155,7 +157,7 @@ class HeteroSpecProposer(EagleProposer):
             target_token_ids=tokens.token_ids,
             next_token_ids=tokens.next_token_ids,
             target_positions=tokens.positions,
-            target_hidden_states=self.model.combine_hidden_states(tokens.features),
+            target_hidden_states=self._fuse_taps(tokens.features),
             token_indices_to_sample=None,
             cad=self._true_token_metadata(tokens),
             num_rejected_tokens_gpu=None,
@@ -171,6 +173,11 @@ class HeteroSpecProposer(EagleProposer):
             hidden=hidden[last],
             positions=self.positions[last],
         )
+
+    def _fuse_taps(self, features: torch.Tensor) -> torch.Tensor:
+        if self._tap_fusion is None:
+            self._tap_fusion = TapFusion(self.model)
+        return self._tap_fusion(features)
 
     def _true_token_metadata(self, tokens: TrueTokens) -> CommonAttentionMetadata:
         """Causal metadata over the true tokens; a token's slot follows from its position."""
