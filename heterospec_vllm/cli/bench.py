@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,6 +49,8 @@ def bench(
     """
     from heterospec_vllm.bench.spec import load_spec, planned_cells
 
+    # `kill` is Ctrl-C: whole rows, no stray process.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console()
     try:
         spec = load_spec(spec_file)

@@ -20,8 +20,9 @@ from heterospec_vllm.cli.engine import in_process_llm
 from heterospec_vllm.cli.sizes import sizes_of
 from heterospec_vllm.prompts import BUILT_IN, chat_token_ids, texts_of
 
-# (nodes, depth, top_k) whose steps are timed; 0 nodes is plain decoding
-TREES = ((0, 1, 1), (2, 1, 2), (4, 2, 4), (8, 2, 4), (16, 3, 8))
+# (nodes, depth, top_k) whose steps are timed, 0 nodes: plain decoding. Chains too, or a level of one node would be
+# priced like the narrowest bushy one.
+TREES = ((0, 1, 1), (1, 1, 1), (3, 3, 1), (2, 1, 2), (4, 2, 4), (8, 2, 4), (16, 3, 8))
 MOST_TOKENS = 600  # of a timed step
 
 
@@ -166,7 +167,8 @@ def _time_steps(llm: Any, ids: list[list[int]], sizes: list[int]) -> list[dict[s
         # Small batches keep their contexts, so that what a context costs can be told apart.
         longest = 1024 if size <= 8 else 48
         part = [{"prompt_token_ids": one[:longest]} for one in islice(cycle(ids), size)]
-        params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+        tokens = 64 if size <= 2 else 24  # a request alone makes few steps
+        params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
         time.sleep(0.2)
         llm.collective_rpc("heterospec_record_costs", args=(nodes, depth, top_k))
         llm.generate(part, params, use_tqdm=False)

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where kernel tests run: on the GPU if there is one, else on CPU under Triton's interpreter."""
+
+import os
+import sys
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+# Triton's own library functions (tl.max, ...) are decorated when triton is imported, so a later
+# change of the variable leaves them uncallable from an interpreted kernel.
+TOO_LATE = "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1"
+if not HAS_GPU and not TOO_LATE:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """The device on which Triton kernels can be launched here."""
+    if HAS_GPU:
+        return torch.device("cuda")
+    if TOO_LATE:
+        pytest.fail(
+            "triton was imported before TRITON_INTERPRET=1 was set; run tests/kernels alone"
+        )
+    return torch.device("cpu")
+
+
+@pytest.fixture
+def poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What launchers allocate holds NaN or a far-off integer, so that reading it unwritten shows."""
+    allocate = torch.empty
+
+    def poisoned(*args, **kwargs) -> torch.Tensor:
+        tensor = allocate(*args, **kwargs)
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else 99)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
