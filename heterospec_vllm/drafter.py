@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,6 @@ class HeteroSpecProposer(EagleProposer):
         self.first_pass_seconds = 0.0  # of the latest first pass
         self._first_pass_tokens = 0
         self._silent = False
-        self._tap_fusion: TapFusion | None = None
 
     def dummy_run(self, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Warm up with two passes instead of one per speculative token."""
@@ -174,10 +174,9 @@ class HeteroSpecProposer(EagleProposer):
             positions=self.positions[last],
         )
 
-    def _fuse_taps(self, features: torch.Tensor) -> torch.Tensor:
-        if self._tap_fusion is None:
-            self._tap_fusion = TapFusion(self.model)
-        return self._tap_fusion(features)
+    @cached_property
+    def _fuse_taps(self) -> TapFusion:
+        return TapFusion(self.model)
 
     def _true_token_metadata(self, tokens: TrueTokens) -> CommonAttentionMetadata:
         """Causal metadata over the true tokens; a token's slot follows from its position."""

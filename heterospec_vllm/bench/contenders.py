@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -74,8 +73,8 @@ def requests_of(cell: Cell, prompts: list[SetPrompt]) -> list[SetPrompt]:
 class OfflineContender:
     """An ``LLM`` in a process of its own."""
 
-    def __init__(self, name: str, arguments: dict[str, Any]) -> None:
-        self._name, self._arguments = name, arguments
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self._arguments = arguments
         self._engine: Engine | None = None
 
     @property
@@ -88,7 +87,7 @@ class OfflineContender:
         return self.engine.threads
 
     def start(self) -> None:
-        self._engine = Engine(self._name, **self._arguments)
+        self._engine = Engine(**self._arguments)
         self._engine.wait_until_loaded()
 
     def _load(self, cell: Cell, prompts: list[SetPrompt], temperature: float) -> Load:
@@ -97,7 +96,7 @@ class OfflineContender:
 
     def warm_up(self, system: System, cell: Cell, prompts: list[SetPrompt], tokens: int) -> None:
         ids = [p.token_ids for p in prompts[: cell.concurrency]]
-        self.engine.run(Load.steady(ids, cell.concurrency, tokens), system.policy)
+        self.engine.run(Load(ids, (len(ids),), tokens), system.policy)
 
     def run(self, system: System, cell: Cell, prompts: list[SetPrompt]) -> Outcome:
         run = self.engine.run(self._load(cell, prompts, cell.temperature), system.policy)
@@ -174,10 +173,3 @@ def offline_arguments(
         "max_num_seqs": max(2, most),
         "speculative_config": config,
     }
-
-
-def served_folder(folder: Path, system: str) -> Path:
-    """Where a server's log and its client's results go."""
-    path = folder / "servers" / system.replace(" ", "-").replace("=", "")
-    path.mkdir(parents=True, exist_ok=True)
-    return path

@@ -3,20 +3,18 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
 import time
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
+from heterospec_vllm.bench.child import Child, answer, enter, thread_binding
 from heterospec_vllm.bench.pause import PAUSE_SECONDS
 
 TOP = 20  # of the target's choices at a position, for near-ties and entropies
 LOAD_TIMEOUT = 1200.0  # seconds
-# What vLLM raises for arguments or models that it cannot serve.
-STARTING = (ValueError, RuntimeError, OSError, AssertionError, KeyError, TypeError)
+# vLLM's own counters of its drafters, `vllm:spec_decode_...`
+DRAFTER_COUNTERS = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
 SLOWEST = 1.0  # seconds a token; a run that takes longer than all its tokens at that pace hangs
 
 
@@ -28,13 +26,6 @@ class Load:
     phases: tuple[int, ...]
     max_tokens: int
     temperature: float = 0.0  # above 0 every prompt has a seed of its own
-
-    @classmethod
-    def steady(
-        cls, prompts: list[list[int]], batch: int, max_tokens: int, temperature: float = 0.0
-    ) -> Load:
-        full, rest = divmod(len(prompts), batch)
-        return cls(prompts, (batch,) * full + (rest,) * bool(rest), max_tokens, temperature)
 
     @property
     def num_requests(self) -> int:
@@ -65,92 +56,40 @@ class Position:
     top: dict[int, float]  # log-probability of its likeliest tokens
 
 
-class EngineFailed(RuntimeError):
-    """The engine did not start, died or does not answer; the message says what is known."""
-
-
-class Engine:
+class Engine(Child):
     """An in-process ``LLM`` inside a child process."""
 
-    def __init__(self, name: str, **arguments: Any) -> None:
-        self.name = name
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(_serve, arguments)
         self.threads = ""
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, arguments), daemon=True)
-        self._process.start()
-        theirs.close()
 
     def wait_until_loaded(self) -> None:
         """Raises EngineFailed with the child's error where the engine does not start."""
-        self.threads = self._receive(LOAD_TIMEOUT)
+        self.threads = self.receive(LOAD_TIMEOUT)
 
     def run(self, load: Load, policy: dict[str, Any] | None = None) -> Run:
         time.sleep(PAUSE_SECONDS)
         tokens = sum(map(len, load.prompts)) + load.num_requests * load.max_tokens
-        return self._ask(60 + SLOWEST * tokens, _timed, load, policy)
+        return self.ask(60 + SLOWEST * tokens, _timed, load, policy)
 
     def teacher_forced(
         self, prompts: list[list[int]], answers: list[list[int]]
     ) -> list[list[Position]]:
         """[num_prompts][answer length] what the target thinks of each given answer, in one pass each."""
-        return self._ask(60 + 5.0 * len(prompts), _teacher_forced, prompts, answers)
-
-    def memory(self) -> int:
-        """Bytes of the child that are its own."""
-        import psutil
-
-        return int(psutil.Process(self._process.pid).memory_full_info().uss)
-
-    def close(self) -> None:
-        """Ends the child; safe to call twice."""
-        if self._process.is_alive():
-            self._process.terminate()
-            self._process.join(10)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
-        self._pipe.close()
-
-    def _ask(self, timeout: float, *request: Any) -> Any:
-        try:
-            self._pipe.send(request)
-        except OSError:
-            raise EngineFailed(self._death()) from None
-        return self._receive(timeout)
-
-    def _receive(self, timeout: float) -> Any:
-        try:
-            if not self._pipe.poll(timeout):
-                raise EngineFailed(f"no answer within {timeout:.0f} s")
-            answer = self._pipe.recv()
-        except (EOFError, ConnectionError):
-            raise EngineFailed(self._death()) from None
-        if isinstance(answer, BaseException):
-            raise EngineFailed(f"{type(answer).__name__}: {answer}") from answer
-        return answer
-
-    def _death(self) -> str:
-        self._process.join(5)
-        return f"the engine's process ended with status {self._process.exitcode}"
+        return self.ask(60 + 5.0 * len(prompts), _teacher_forced, prompts, answers)
 
 
 def _serve(pipe: Connection, arguments: dict[str, Any]) -> None:
-    # Ctrl-C reaches the whole process group; the parent ends its children.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    try:
-        import torch
+    enter()
+    loaded: list[Any] = []
+
+    def load() -> str:
         from vllm import LLM
 
-        llm = LLM(enable_prefix_caching=False, disable_log_stats=False, **arguments)
-        pipe.send(
-            f"in-process, {torch.get_num_threads()} OpenMP threads, VLLM_CPU_OMP_THREADS_BIND="
-            f"{os.environ.get('VLLM_CPU_OMP_THREADS_BIND', 'auto')}"
-        )
-    except STARTING as error:
-        pipe.send(_sendable(error))
+        loaded.append(LLM(enable_prefix_caching=False, disable_log_stats=False, **arguments))
+        return thread_binding()
+
+    if not answer(pipe, load):
         return
     ours = (arguments.get("speculative_config") or {}).get("method") == "heterospec"
     while True:
@@ -158,15 +97,7 @@ def _serve(pipe: Connection, arguments: dict[str, Any]) -> None:
             function, *values = pipe.recv()
         except EOFError:  # the parent is gone
             return
-        try:
-            pipe.send(function(llm, ours, *values))
-        except STARTING as error:
-            pipe.send(_sendable(error))
-
-
-def _sendable(error: Exception) -> RuntimeError:
-    """vLLM's own exceptions need not survive pickling."""
-    return RuntimeError(f"{type(error).__name__}: {error}")
+        answer(pipe, function, loaded[0], ours, *values)
 
 
 def _timed(llm: Any, ours: bool, load: Load, policy: dict[str, Any] | None) -> Run:
@@ -207,8 +138,7 @@ def _timed(llm: Any, ours: bool, load: Load, policy: dict[str, Any] | None) -> R
 
 def _drafter_counters(llm: Any) -> dict[str, int]:
     """vLLM's own counters of drafts since the engine started; {} where nothing drafts."""
-    names = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
-    wanted = {f"vllm:spec_decode_{name}": name for name in names}
+    wanted = {f"vllm:spec_decode_{name}": name for name in DRAFTER_COUNTERS}
     totals: dict[str, int] = {}
     for metric in llm.get_metrics():
         if metric.name in wanted:

@@ -8,10 +8,8 @@ so prefill is in neither.
 from __future__ import annotations
 
 import math
-import multiprocessing
 import os
 import random
-import signal
 import statistics
 import time
 from collections.abc import Iterator
@@ -19,6 +17,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
+from heterospec_vllm.bench.child import Child, EngineFailed, answer, enter, thread_binding
 from heterospec_vllm.bench.growth_points import (
     BLOCK_SIZE,
     TOKEN_BUDGET,
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
 GIB = 1 << 30
 
 
-class GrowthEngine:
+class GrowthEngine(Child):
     """The engine in its child process; ``limits`` are known when it is loaded."""
 
     def __init__(
@@ -50,48 +49,17 @@ class GrowthEngine:
         spec: GrowthSpec,
         arguments: dict[str, Any],
     ) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_serve, args=(theirs, target, head, points, spec, arguments), daemon=True
-        )
-        self._process.start()
-        theirs.close()
+        """Raises EngineFailed where the engine does not start; nothing is left running then."""
+        super().__init__(_serve, target, head, points, spec, arguments)
         try:
-            loaded: _Loaded = self._receive()
-        except RuntimeError:
+            loaded: _Loaded = self.receive(None)
+        except EngineFailed:
             self.close()
             raise
         self.limits, self.threads = loaded.limits, loaded.threads
 
     def measure(self, point: Point) -> Measured:
-        try:
-            self._pipe.send(point)
-        except OSError:
-            raise self._death() from None
-        return self._receive()
-
-    def close(self) -> None:
-        """Lets an idle child end itself, stops a busy one; safe to call twice."""
-        self._pipe.close()
-        self._process.join(3)
-        if self._process.is_alive():
-            self._process.terminate()
-            self._process.join()
-
-    def _receive(self) -> Any:
-        try:
-            answer = self._pipe.recv()
-        except (EOFError, ConnectionError):
-            raise self._death() from None
-        if isinstance(answer, str):
-            raise RuntimeError(f"growth: {answer}")
-        return answer
-
-    def _death(self) -> RuntimeError:
-        self._process.join(5)
-        status = self._process.exitcode
-        return RuntimeError(f"growth: the engine's process ended with status {status}")
+        return self.ask(None, point)
 
 
 # ---- in the child
@@ -111,27 +79,28 @@ def _serve(
     spec: GrowthSpec,
     arguments: dict[str, Any],
 ) -> None:
-    """Answers with the engine's limits, then every point with what was measured; text is an error."""
-    # Ctrl-C reaches the whole process group; the parent ends its children.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    try:
+    """Answers with the engine's limits, then every point with what was measured."""
+    enter()
+    engines: list[Any] = []
+
+    def load() -> _Loaded:
         llm, loaded = _load(target, head, points, spec, arguments)
-        pipe.send(loaded)
-        while True:
-            pipe.send(_measure(llm, pipe.recv(), spec))
-    except EOFError:  # the parent is gone
-        return
-    except (ValueError, RuntimeError, AssertionError, OSError) as error:
-        pipe.send(f"{type(error).__name__}: {error}")
+        engines.append(llm)
+        return loaded
+
+    good = answer(pipe, load)
+    while good:
+        try:
+            (point,) = pipe.recv()
+        except EOFError:  # the parent is gone
+            return
+        good = answer(pipe, _measure, engines[0], point, spec)
 
 
 def _load(
     target: str, head: str, points: list[Point], spec: GrowthSpec, arguments: dict[str, Any]
 ) -> tuple[Any, _Loaded]:
     """vLLM's ``LLM``, sized for the points that the target can hold, and its limits."""
-    import torch
     from vllm import LLM
     from vllm.engine.arg_utils import EngineArgs
 
@@ -158,11 +127,8 @@ def _load(
     }
     llm = LLM(target, **{**arguments, **given})
     cache = llm.llm_engine.vllm_config.cache_config
-    bound = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto")
-    return llm, _Loaded(
-        Limits(model.max_model_len, cache.num_gpu_blocks, cache.block_size),
-        f"in-process, {torch.get_num_threads()} OpenMP threads, VLLM_CPU_OMP_THREADS_BIND={bound}",
-    )
+    limits = Limits(model.max_model_len, cache.num_gpu_blocks, cache.block_size)
+    return llm, _Loaded(limits, thread_binding())
 
 
 def _static(bounds: TreeBounds) -> dict[str, Any]:

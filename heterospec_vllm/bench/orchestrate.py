@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -17,8 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from heterospec_vllm.bench import rows
+from heterospec_vllm.bench.child import EngineFailed
 from heterospec_vllm.bench.contenders import Contender, Outcome, requests_of
-from heterospec_vllm.bench.engines import EngineFailed, Position
+from heterospec_vllm.bench.engines import Position
 from heterospec_vllm.bench.gate import entropy, judge
 from heterospec_vllm.bench.prompt_sets import PromptSets, SetPrompt
 from heterospec_vllm.bench.rows import Cell, Environment, Gate, Prompt, Row
@@ -38,12 +39,12 @@ class _Key:
     round: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Answers:
     """Plain decoding's greedy answers to a cell's requests, and what the target thinks along them."""
 
     token_ids: list[list[int]]
-    forced: list[list[Position]] | None = field(default=None, repr=False)
+    forced: list[list[Position]]
 
 
 class Bench:
@@ -65,7 +66,6 @@ class Bench:
         self.environment, self.make, self.console = environment, make, console
         self.free_memory = free_memory
         self.done: set[_Key] = set()
-        self.group_of: dict[tuple[str, str], int] = {}
         self.gates: dict[tuple[str, Cell], Gate] = {}
         self._plain_answers: dict[Cell, _Answers] = {}
         self._last_group = 0
@@ -77,7 +77,7 @@ class Bench:
             if row.status == "different":
                 self.num_different += 1
             if row.gate is not None and row.status != "failed":
-                self.gates[row.system, _greedy(row.cell)] = row.gate
+                self.gates[row.system, row.cell.greedy] = row.gate
         known = rows.read(folder / rows.PROMPTS, Prompt)
         self._known_prompts = {(p.target, p.prompt_set, p.index) for p in known}
 
@@ -115,7 +115,7 @@ class Bench:
         for planned in cells:
             for system in planned.systems:
                 if self.pending(planned, system):
-                    systems[self._key(mode, system)][system.name] = system
+                    systems[_engine_key(mode, system)][system.name] = system
         waiting = [key for key in systems if key not in (PLAIN, TUNED)]
         # Tuned by the others' rows.
         tuned = [key for key in systems if key == TUNED]
@@ -142,11 +142,9 @@ class Bench:
                 return
 
     def _concerns(self, planned: Planned, mode: str, keys: set[str]) -> bool:
-        return any(self._key(mode, s) in keys and self.pending(planned, s) for s in planned.systems)
-
-    def _key(self, mode: str, system: System) -> str:
-        """Systems with one key share an engine; a server's policy cannot be switched."""
-        return system.engine if mode == "offline" else system.name
+        return any(
+            _engine_key(mode, s) in keys and self.pending(planned, s) for s in planned.systems
+        )
 
     def _room(self, group: _Group) -> int:
         """How many more engines fit, if each takes what the first has taken."""
@@ -192,7 +190,7 @@ class Bench:
     def save_entropies(self, plain: Contender, cell: Cell, prompts: list[SetPrompt]) -> None:
         """Adds what is not known yet of a cell's prompts, from the answers of plain decoding."""
         answers = self.plain_answers(plain, cell, prompts)
-        for prompt, positions in zip(requests_of(cell, prompts), answers.forced or (), strict=True):
+        for prompt, positions in zip(requests_of(cell, prompts), answers.forced, strict=True):
             key = cell.target, prompt.prompt_set, prompt.index
             if key in self._known_prompts:
                 continue
@@ -212,18 +210,12 @@ class Bench:
         self, plain: Contender, cell: Cell, prompts: list[SetPrompt], fresh: Outcome | None = None
     ) -> _Answers:
         """Of a cell, from a timed greedy run where there is one."""
-        key = _greedy(cell)
+        key = cell.greedy
         if key not in self._plain_answers:
-            if fresh is not None and fresh.answers is not None and cell.temperature == 0:
-                answers = fresh.answers
-            else:
-                answers = plain.greedy(System(PLAIN, PLAIN), cell, prompts)
-            self._plain_answers[key] = _Answers(answers)
-        known = self._plain_answers[key]
-        if known.forced is None:
+            answers = _greedy_answers(plain, System(PLAIN, PLAIN), cell, prompts, fresh)
             ids = [p.token_ids for p in requests_of(cell, prompts)]
-            known.forced = plain.teacher_forced(ids, known.token_ids)
-        return known
+            self._plain_answers[key] = _Answers(answers, plain.teacher_forced(ids, answers))
+        return self._plain_answers[key]
 
     def gate(
         self,
@@ -235,14 +227,10 @@ class Bench:
         outcome: Outcome | None,
     ) -> Gate:
         """A system's greedy answers against plain decoding's, once for every cell's requests."""
-        key = system.name, _greedy(cell)
+        key = system.name, cell.greedy
         if key not in self.gates:
-            if outcome is not None and outcome.answers is not None and cell.temperature == 0:
-                answers = outcome.answers
-            else:
-                answers = contender.greedy(system, cell, prompts)
+            answers = _greedy_answers(contender, system, cell, prompts, outcome)
             expected = self.plain_answers(plain, cell, prompts)
-            assert expected.forced is not None
             self.gates[key] = judge(expected.token_ids, answers, expected.forced, self.spec.margin)
         return self.gates[key]
 
@@ -254,7 +242,8 @@ class _Group:
         self.bench, self.mode, self.number = bench, mode, number
         self.loaded: dict[str, Contender] = {}
         self.systems: dict[str, tuple[System, ...]] = {}
-        self.broken: dict[str, str] = {}  # why an engine is not there
+        self.broken: dict[str, str] = {}  # why an engine does not start
+        self.died: set[str] = set()  # in a cell; they are started again for the next
 
     def load(self, key: str, systems: tuple[System, ...]) -> bool:
         self.systems[key] = systems
@@ -272,7 +261,6 @@ class _Group:
             if not started and contender is not None:
                 contender.close()
         if started:
-            self.broken.pop(key, None)
             assert contender is not None
             self.loaded[key] = contender
         return started
@@ -292,18 +280,19 @@ class _Group:
 
     def _revive(self) -> None:
         """An engine that died in a cell gets another chance in the next one."""
-        for key in [k for k, reason in self.broken.items() if reason.startswith("died: ")]:
+        for key in self.died:
             self.load(key, self.systems[key])
+        self.died.clear()
 
     def _run_cell(self, planned: Planned) -> None:
         bench, cell = self.bench, planned.cell
         prompts = bench.prompts.of(cell)
-        here = [s for s in planned.systems if bench._key(self.mode, s) in self.systems]
+        here = [s for s in planned.systems if _engine_key(self.mode, s) in self.systems]
         mine = [s for s in here if bench.pending(planned, s)]
         if mine and mine[0].name != PLAIN:  # its rows are of another group
             mine.insert(0, System(PLAIN, PLAIN))
         for system in list(mine):
-            reason = self.broken.get(bench._key(self.mode, system))
+            reason = self.broken.get(_engine_key(self.mode, system))
             if PLAIN in self.broken:
                 reason = reason or f"plain: {self.broken[PLAIN]}"
             if reason is not None:
@@ -328,13 +317,13 @@ class _Group:
 
     def _guarded(self, planned: Planned, system: System, mine: list[System], act, *values):
         """``act``, or nothing where the engine fails in it: the cell is marked, the rest goes on."""
-        key = self.bench._key(self.mode, system)
+        key = _engine_key(self.mode, system)
         try:
             return act(planned, system, *values)
         except Failures as error:
-            self.broken[key] = f"died: {error}"
+            self.died.add(key)
             self.loaded.pop(key).close()
-            for other in [s for s in mine if self.bench._key(self.mode, s) == key]:
+            for other in [s for s in mine if _engine_key(self.mode, s) == key]:
                 self.bench.fail(planned, other, self.number, str(error))
                 mine.remove(other)
             if key == PLAIN:  # nothing can be compared
@@ -344,7 +333,7 @@ class _Group:
             return None
 
     def _contender(self, system: System) -> Contender:
-        return self.loaded[self.bench._key(self.mode, system)]
+        return self.loaded[_engine_key(self.mode, system)]
 
     def _warm_up(self, planned: Planned, system: System, prompts: list[SetPrompt]) -> None:
         self._contender(system).warm_up(
@@ -380,6 +369,19 @@ class _Group:
         )  # fmt: skip
 
 
-def _greedy(cell: Cell) -> Cell:
-    """Cells of the same greedy requests share a gate, whatever is timed in them."""
-    return cell.model_copy(update={"temperature": 0.0, "request_rate": None})
+def _greedy_answers(
+    contender: Contender,
+    system: System,
+    cell: Cell,
+    prompts: list[SetPrompt],
+    outcome: Outcome | None,  # of a timed run of the cell
+) -> list[list[int]]:
+    """Those of the timed run where it was greedy and tells them, else of a run of their own."""
+    if outcome is not None and outcome.answers is not None and cell.temperature == 0:
+        return outcome.answers
+    return contender.greedy(system, cell, prompts)
+
+
+def _engine_key(mode: str, system: System) -> str:
+    """Systems with one key share an engine; a server's policy cannot be switched."""
+    return system.engine if mode == "offline" else system.name

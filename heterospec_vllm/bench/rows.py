@@ -43,6 +43,11 @@ class Cell(_Record):
     num_prompts: int
 
     @property
+    def greedy(self) -> Cell:
+        """The cell of the same greedy requests: cells that share it share a gate, whatever is timed in them."""
+        return self.model_copy(update={"temperature": 0.0, "request_rate": None})
+
+    @property
     def label(self) -> str:
         rate = "" if self.request_rate is None else f", {self.request_rate:g} requests/s"
         load = "" if self.load == "steady" else f", {self.load}"

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from heterospec_vllm.bench import rows
-from heterospec_vllm.bench.engines import TOP, Position
+from heterospec_vllm.bench.engines import DRAFTER_COUNTERS, TOP, Position
 from heterospec_vllm.bench.pause import PAUSE_SECONDS
 from heterospec_vllm.bench.serving_client import (
     SLOWEST_PREFILL,
@@ -56,7 +56,6 @@ POLL_SECONDS = 0.2
 
 _OURS = "heterospec_"
 _VLLMS = "vllm:spec_decode_"
-_VLLMS_NAMES = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
 _TOTAL = "_total"
 _FIELDS = {record.name: record.field for record in METRICS}
 
@@ -330,7 +329,7 @@ def counters_of(samples: Iterable[Sample]) -> dict[str, Any] | None:
         name = sample.name.removesuffix(_TOTAL)
         if name.startswith(_OURS):
             _add(ours, _FIELDS.get(sample.name, name.removeprefix(_OURS)), sample)
-        elif name.startswith(_VLLMS) and name.removeprefix(_VLLMS) in _VLLMS_NAMES:
+        elif name.startswith(_VLLMS) and name.removeprefix(_VLLMS) in DRAFTER_COUNTERS:
             name = name.removeprefix(_VLLMS)
             vllms[name] = vllms.get(name, 0.0) + sample.value
     return ours or vllms or None

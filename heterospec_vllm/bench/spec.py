@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -139,6 +139,7 @@ def _off(names: Any) -> Any:
     return ["off" if n is False else n for n in names] if isinstance(names, list) else names
 
 
+M = TypeVar("M", bound=BaseModel)
 Names = Annotated[list[str], BeforeValidator(_off)]
 
 
@@ -286,10 +287,19 @@ def planned_cells(spec: BenchSpec, target_name: str) -> Iterator[Planned]:
 
 def load_spec(path: Path) -> BenchSpec:
     """Reads and checks a spec; relative prompt paths are relative to its folder. Raises ValueError."""
+    spec = read_yaml(path, BenchSpec)
+    for name, source in spec.prompts.items():
+        if isinstance(source, str) and not source.startswith("builtin"):
+            spec.prompts[name] = str(path.parent / Path(source).expanduser())
+    return spec
+
+
+def read_yaml(path: Path, kind: type[M]) -> M:
+    """A checked YAML file; raises ValueError with the file and the fields that are wrong."""
     import yaml
 
     if not path.is_file():
-        raise ValueError(f"spec: found no file {path}, allowed: a YAML file")
+        raise ValueError(f"found no file {path}, allowed: a YAML file")
     try:
         values = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
@@ -297,23 +307,19 @@ def load_spec(path: Path) -> BenchSpec:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: found {type(values).__name__}, allowed: a mapping")
     try:
-        spec = BenchSpec.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        raise ValueError(f"{path}: {_sentence(error)}") from error
-    for name, source in spec.prompts.items():
-        if isinstance(source, str) and not source.startswith("builtin"):
-            spec.prompts[name] = str(path.parent / Path(source).expanduser())
-    return spec
+        raise ValueError(f"{path}: {_sentence(error, kind)}") from error
 
 
-def _sentence(error: ValidationError) -> str:
+def _sentence(error: ValidationError, kind: type[BaseModel]) -> str:
     parts = []
     for problem in error.errors(include_url=False):
         where = ".".join(str(part) for part in problem["loc"])
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
-            message = f"unknown key, allowed: {', '.join(BenchSpec.model_fields)}"
-            if "." in where:
-                message = "unknown key"
+            message = "unknown key"
+            if "." not in where:
+                message += f", allowed: {', '.join(kind.model_fields)}"
         parts.append(f"{where}: {message}" if where else message)
     return "; ".join(parts)

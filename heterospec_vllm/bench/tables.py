@@ -30,8 +30,9 @@ from heterospec_vllm.bench.rows import (
     Status,
     read,
 )
+from heterospec_vllm.bench.spec import PLAIN
 
-PLAIN, MARGINAL = "plain", "marginal"
+MARGINAL = "marginal"
 CHAIN_PREFIX = "eagle3"  # vLLM's own chains; n-grams and our `chain` are no candidates for "best"
 RUN = ["folder", "group", "round"]  # systems are compared within one: engines loaded together
 FAMILIES = (PLAIN, "off", CHAIN_PREFIX, "ngram", "chain", "static", "paper")  # order in tables
@@ -356,8 +357,6 @@ def worst_gates(rows: Frame) -> list[Gate]:
     Rounds, temperatures and request rates of a cell share one gate; plain decoding is compared with nothing.
     """
     gated = holding(rows[rows["system"] != PLAIN], "gate", Gate)
-    requests = [
-        c.model_copy(update={"temperature": 0.0, "request_rate": None}) for c in gated["cell"]
-    ]
+    requests = [cell.greedy for cell in gated["cell"]]
     groups = gated.assign(requests=requests).groupby(["folder", "requests", "system"], sort=False)
     return [max(g, key=lambda one: (one.different, one.near_ties)) for _, g in groups["gate"]]

@@ -7,14 +7,17 @@ import statistics
 from pathlib import Path
 from typing import Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 
 from heterospec_vllm.bench.rows import ROWS, Row, read
-from heterospec_vllm.bench.spec import PLAIN
-
-BEST_CHAIN = "best chain"
+from heterospec_vllm.bench.tables import (
+    CellSummary,
+    named,
+    rows_frame,
+    summarise,
+    without_superseded,
+)
 
 
 class Threshold(BaseModel):
@@ -35,33 +38,20 @@ class Thresholds(BaseModel):
 
     def reached(self, folder: Path, console: Console) -> bool:
         """Prints a line for each; False where one is missed or cannot be judged."""
-        rows = list(read(folder / ROWS, Row))
-        results = [_judge(threshold, rows, console) for threshold in self.thresholds]
+        found = [(str(folder), row) for row in read(folder / ROWS, Row)]
+        rows = without_superseded(rows_frame(found))
+        cells = [*summarise(rows), *summarise(rows, "serving")]
+        results = [_judge(threshold, cells, console) for threshold in self.thresholds]
         return all(results)
 
 
-def load_thresholds(path: Path) -> Thresholds:
-    """Raises ValueError with the field that is wrong."""
-    if not path.is_file():
-        raise ValueError(f"thresholds: found no file {path}, allowed: a YAML file")
-    try:
-        return Thresholds.model_validate(yaml.safe_load(path.read_text()))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML: {error}") from error
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"{path}: {where}: {first['msg']}") from error
-
-
-def _judge(threshold: Threshold, rows: list[Row], console: Console) -> bool:
-    ratios = []
-    cells = {r.cell for r in rows if r.cell.concurrency == threshold.concurrency}
-    for cell in cells:
-        medians = _medians([r for r in rows if r.cell == cell])
-        rival = _rival(threshold.rival, medians)
-        if threshold.system in medians and rival is not None:
-            ratios.append(medians[threshold.system] / rival)
+def _judge(threshold: Threshold, cells: list[CellSummary], console: Console) -> bool:
+    pairs = [
+        one.against(threshold.system, named(one, threshold.rival))
+        for one in cells
+        if one.cell.concurrency == threshold.concurrency
+    ]
+    ratios = [pair.ratio for pair in pairs if pair is not None]
     what = f"{threshold.system} at {threshold.concurrency}: x {threshold.rival}"
     if not ratios:
         console.print(f"[red]not measured[/]: {what}, least {threshold.least:g}")
@@ -71,18 +61,3 @@ def _judge(threshold: Threshold, rows: list[Row], console: Console) -> bool:
     mark = "[green]reached[/]" if good else "[red]missed[/]"
     console.print(f"{mark}: {what} {mean:.3f}, least {threshold.least:g}, {len(ratios)} cell(s)")
     return good
-
-
-def _medians(rows: list[Row]) -> dict[str, float]:
-    """Tokens a second by system."""
-    speeds: dict[str, list[float]] = {}
-    for row in rows:
-        if row.tokens_per_second is not None:
-            speeds.setdefault(row.system, []).append(row.tokens_per_second)
-    return {system: statistics.median(values) for system, values in speeds.items()}
-
-
-def _rival(name: str, medians: dict[str, float]) -> float | None:
-    if name == PLAIN:
-        return medians.get(PLAIN)
-    return max((v for s, v in medians.items() if s.startswith("eagle3")), default=None)

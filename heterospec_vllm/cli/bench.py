@@ -47,7 +47,7 @@ def bench(
 
     Exit code: 0; 1 where a cell failed or answers differ; 2 below a threshold; 130 interrupted.
     """
-    from heterospec_vllm.bench.spec import load_spec, planned_cells
+    from heterospec_vllm.bench.spec import load_spec, planned_cells, read_yaml
 
     # `kill` is Ctrl-C: whole rows, no stray process.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -56,9 +56,9 @@ def bench(
         spec = load_spec(spec_file)
         limits = None
         if thresholds is not None:
-            from heterospec_vllm.bench.thresholds import load_thresholds
+            from heterospec_vllm.bench.thresholds import Thresholds
 
-            limits = load_thresholds(thresholds)
+            limits = read_yaml(thresholds, Thresholds)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     if dry_run:
@@ -151,7 +151,6 @@ class _Maker:
             OfflineContender,
             ServedContender,
             offline_arguments,
-            served_folder,
         )
         from heterospec_vllm.bench.serving import ServedSystem
 
@@ -161,13 +160,13 @@ class _Maker:
             arguments = offline_arguments(
                 self._target, spec.dtype, spec.max_model_len, self._most, config
             )
-            return OfflineContender(key, arguments)
+            return OfflineContender(arguments)
         if systems[0].policy is not None and config is not None:
             config = {**config, **systems[0].policy}
         served = ServedSystem(
             key,
             self._target,
-            folder=served_folder(self._folder, key),
+            folder=self._folder / "servers",
             max_model_len=spec.max_model_len,
             max_num_seqs=max(2, self._most),
             speculative_config=config,

@@ -14,7 +14,8 @@ from harness import ENVIRONMENT
 from tiny_folders import write_target
 
 from heterospec_vllm.bench import rows
-from heterospec_vllm.bench.engines import Engine, EngineFailed
+from heterospec_vllm.bench.child import EngineFailed
+from heterospec_vllm.bench.engines import Engine
 from heterospec_vllm.bench.rows import Row
 
 pytestmark = pytest.mark.engine
@@ -33,7 +34,7 @@ def test_an_engine_that_does_not_start_says_why(tmp_path: Path, monkeypatch) -> 
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     target = write_target(tmp_path / "target")
-    engine = Engine("broken", model=str(target), max_model_len=4096, skip_tokenizer_init=True)
+    engine = Engine(model=str(target), max_model_len=4096, skip_tokenizer_init=True)
     with pytest.raises(EngineFailed, match="max_model_len"):
         engine.wait_until_loaded()
     engine.close()

@@ -10,15 +10,23 @@ import yaml
 from rich.console import Console
 
 from heterospec_vllm.bench import rows
+from heterospec_vllm.bench.child import EngineFailed
 from heterospec_vllm.bench.contenders import Outcome, phases, requests_of
-from heterospec_vllm.bench.engines import EngineFailed, Position
+from heterospec_vllm.bench.engines import Position
 from heterospec_vllm.bench.environment import environment_of
 from heterospec_vllm.bench.gate import entropy, judge
 from heterospec_vllm.bench.orchestrate import Bench
 from heterospec_vllm.bench.prompt_sets import PromptSets
 from heterospec_vllm.bench.rows import Cell, Row
-from heterospec_vllm.bench.spec import BenchSpec, engine_config, load_spec, planned_cells, system_of
-from heterospec_vllm.bench.thresholds import load_thresholds
+from heterospec_vllm.bench.spec import (
+    BenchSpec,
+    engine_config,
+    load_spec,
+    planned_cells,
+    read_yaml,
+    system_of,
+)
+from heterospec_vllm.bench.thresholds import Thresholds
 from heterospec_vllm.bench.tuned import schedule_of
 
 
@@ -381,11 +389,11 @@ def test_thresholds_pass_fail_and_miss(tmp_path):
             "system": "marginal", "rival": rival, "concurrency": concurrency, "least": least,
         }  # fmt: skip
         path.write_text(yaml.safe_dump({"thresholds": [one]}))
-        return load_thresholds(path).reached(folder, Console(quiet=True))
+        return read_yaml(path, Thresholds).reached(folder, Console(quiet=True))
 
     assert reached("plain", 1.5) and not reached("plain", 1.51)
     assert reached("best chain", 1.24) and not reached("best chain", 1.26)
     assert not reached("plain", 0.5, concurrency=16)
     path.write_text("thresholds: [{system: marginal, rival: nobody, concurrency: 1, least: 1}]")
     with pytest.raises(ValueError, match="thresholds.0.rival"):
-        load_thresholds(path)
+        read_yaml(path, Thresholds)
