@@ -17,7 +17,7 @@ import numpy as np
 from heterospec_vllm.catch_up import HeadProgress
 from heterospec_vllm.drafter import HeteroSpecProposer
 from heterospec_vllm.metrics import StepCounters
-from heterospec_vllm.policies import Batch, DraftPolicy
+from heterospec_vllm.policies import Batch, Cycle, DraftPolicy, Scope
 from heterospec_vllm.steps import StepRecorder
 from heterospec_vllm.survival import NodeFeatures
 from heterospec_vllm.timing import CLOCK
@@ -48,6 +48,16 @@ class _Clock:
     end: float = 0.0  # of the step before
 
 
+@dataclass(frozen=True)
+class _LastDraft:
+    """What the next step's cycle began with."""
+
+    scope: Scope
+    num_reqs: int
+    seconds: float
+    caught_up: bool  # tokens of earlier steps were in it
+
+
 class Controller:
     """Owns what was drafted and decides, with the policy, what is verified and what is drafted next."""
 
@@ -62,6 +72,8 @@ class Controller:
         self._verified = DraftTrees.empty(0)
         self._index: dict[str, int] = {}
         self._clock = _Clock()
+        self._last_draft = _LastDraft("none", 0, 0.0, False)
+        self._num_verified = 0  # nodes of the current step
         self._context = 0.0
         self._sample_seconds = 0.0  # of the current step
 
@@ -78,6 +90,7 @@ class Controller:
         now = time.perf_counter()
         self._clock.step = self._clock.forward = now
         self._index = {}
+        self._num_verified = 0
         matched: list[tuple[str, _Place, int]] = []
         for req_id, token_ids in scheduled.items():
             place = self._places.get(req_id)
@@ -90,7 +103,7 @@ class Controller:
         trees = _gathered(matched)
         others = num_tokens - sum(map(len, scheduled.values()))
         keep = self.policy.keep(trees.survivals, trees.num_nodes, others, num_reqs, self._context)
-        self.counters.budget = int(keep.sum())
+        self._num_verified = self.counters.budget = int(keep.sum())
         trees = trees.take(np.arange(trees.num_reqs), keep).laid_out()
         self._verified = trees
         verified = {}
@@ -140,7 +153,7 @@ class Controller:
         self._sample_seconds = time.perf_counter() - start
         self.counters.seconds["sample"] += self._sample_seconds
 
-    def _observe_step(self, num_tokens: int, num_reqs: int) -> None:
+    def _observe_step(self, num_tokens: int, num_reqs: int) -> float:
         """The target's step with all that happens between two drafts: seconds since the last one ended."""
         clock, now = self._clock, time.perf_counter()
         gap = clock.step - clock.end
@@ -150,6 +163,25 @@ class Controller:
         self.counters.seconds["target"] += now - clock.forward - self._sample_seconds
         self._sample_seconds = 0.0
         self.counters.seconds["rest"] += gap
+        return seconds
+
+    def _observe_cycle(
+        self, step_seconds: float, num_tokens: int, num_reqs: int, emitted: int
+    ) -> None:
+        """Only where everybody decoded and what was drafted was the same for all: other cycles compare with nothing."""
+        last = self._last_draft
+        only_decodes = num_tokens - self._num_verified == num_reqs == last.num_reqs
+        if not only_decodes or last.caught_up or last.scope == "probe":
+            return
+        self.policy.observe_cycle(
+            Cycle(
+                speculated=last.scope == "all",
+                num_reqs=num_reqs,
+                context=self._context,
+                num_tokens=emitted,
+                seconds=last.seconds + step_seconds,
+            )
+        )
 
     # ---- the next drafts
 
@@ -164,7 +196,9 @@ class Controller:
     ) -> list[list[int]]:
         """Node tokens of each request's next tree, best first; [] where nothing is drafted."""
         assert self.progress is not None
-        self._observe_step(num_step_tokens, len(req_ids))
+        step_seconds = self._observe_step(num_step_tokens, len(req_ids))
+        emitted = int(tokens.num_tokens.sum())  # where everybody decodes
+        self._observe_cycle(step_seconds, num_step_tokens, len(req_ids), emitted)
         for req_id in req_ids:
             self._places.pop(req_id, None)
         start = time.perf_counter()
@@ -177,20 +211,24 @@ class Controller:
         scope = self.policy.scope(len(req_ids), self._context)
         feed = self._feed(scope, req_ids, follow, limits)
         fed = self.progress.advance(req_ids, tokens, feed, follow)
+        caught_up = 0
         if fed is not None:
-            own = int(tokens.num_tokens[feed].sum())
-            self.counters.caught_up_tokens += int(fed.num_tokens.sum()) - own
-        if scope != "all":
+            caught_up = int(fed.num_tokens.sum() - tokens.num_tokens[feed].sum())
+            self.counters.caught_up_tokens += caught_up
+        if scope in ("none", "probe"):
             self.counters.seconds_off += start - self._clock.step
-            self.counters.probes += scope == "probe"
+        self.counters.probes += scope == "probe"
+        self.counters.pauses += scope == "pause"
         drafts: list[list[int]] = [[] for _ in req_ids]
         if fed is not None:
             self._propose(req_ids, fed, feed, limits, temperatures, drafts)
         self._clock.end = time.perf_counter()
-        self.counters.seconds["draft"] += self._clock.end - start
+        seconds = self._clock.end - start
+        self._last_draft = _LastDraft(scope, len(req_ids), seconds, caught_up > 0)
+        self.counters.seconds["draft"] += seconds
         return drafts
 
-    def _feed(self, scope, req_ids: list[str], follow, limits: Ints):
+    def _feed(self, scope: Scope, req_ids: list[str], follow, limits: Ints):
         """[num_reqs] whose tokens the head processes now."""
         if scope == "all":
             return follow

@@ -23,6 +23,7 @@ TOKEN_KNOTS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 10
 ROW_KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 DECODE_TOKENS = 256
 DRIFT_RATE = 0.04  # of a measurement's surprise, how much is taken to be the machine's
+LEAST_SHARE = 0.02  # of a measurement in a knot
 TABLES = ("verify", "first_pass", "level")
 
 
@@ -56,7 +57,7 @@ class CostTable:
         slope = (self._y[-1] - self._y[-2]) / (self._x[-1] - self._x[-2])
         return inside + slope * np.maximum(x - self._x[-1], 0.0)
 
-    def observe(self, count: float, seconds: float, floor: float = 0.02) -> None:
+    def observe(self, count: float, seconds: float, floor: float = LEAST_SHARE) -> None:
         """One measurement: moves the whole table a little and the two knots around ``count`` further.
 
         What slows a machine down (longer contexts, another process) slows every count down. Were only the measured
@@ -120,6 +121,10 @@ class StepCosts:
         """Seconds of a target step over ``num_tokens`` tokens."""
         return self.verify.at(num_tokens) + float(self.extra(num_tokens, num_reqs, context))
 
+    def plain_step(self, num_reqs: int, context: float) -> float:
+        """Seconds of a step of plain decoding."""
+        return self.step(num_reqs, num_reqs, context)
+
     def steps(self, num_tokens: Ints, num_reqs: int, context: float) -> Floats:
         """Seconds of target steps over each of several numbers of tokens."""
         return self.verify(num_tokens) + self.extra(num_tokens, num_reqs, context)
@@ -129,9 +134,16 @@ class StepCosts:
         rows = num_tokens / max(num_reqs, 1)
         return self.request_seconds * num_reqs + self.context_seconds * context * rows
 
-    def observe_step(self, num_tokens: int, num_reqs: int, context: float, seconds: float) -> None:
+    def observe_step(
+        self,
+        num_tokens: int,
+        num_reqs: int,
+        context: float,
+        seconds: float,
+        floor: float = LEAST_SHARE,
+    ) -> None:
         extra = float(self.extra(num_tokens, num_reqs, context))
-        self.verify.observe(num_tokens, seconds - extra)
+        self.verify.observe(num_tokens, seconds - extra, floor)
 
     def as_dict(self) -> dict[str, Any]:
         tables = {

@@ -3,18 +3,27 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import numpy as np
 
 from heterospec_vllm.config import HeteroSpecConfig
 from heterospec_vllm.cost import StepCosts
-from heterospec_vllm.policies import Batch, DraftPolicy, Level, PaperPolicy, PlainPolicy, Scope
+from heterospec_vllm.policies import (
+    Batch,
+    Cycle,
+    DraftPolicy,
+    Level,
+    PaperPolicy,
+    PlainPolicy,
+    Scope,
+)
 from heterospec_vllm.policy import (
     Bools,
     NodeChoice,
     TreeShape,
     choose_nodes,
     expected_rate,
-    hysteresis,
     nodes_worth_expanding,
     tree_shape,
 )
@@ -27,6 +36,7 @@ from heterospec_vllm.survival import (
     SurvivalTables,
     along_paths,
 )
+from heterospec_vllm.switch import Switch
 from heterospec_vllm.tree import Floats, Ints
 
 
@@ -34,11 +44,10 @@ class MarginalPolicy(DraftPolicy):
     """Takes what earns more than the price of time: levels, nodes, and speculation itself."""
 
     learns = True
-    # Ratios to plain decoding's rate: start above one, stop at or below the other.
-    start, stop = 1.03, 1.005
-    # Steps without speculation between two probes, the first and the longest wait.
-    probe_after, probe_at_most = 64, 1024
     probe_nodes = 2
+    pause_share = (
+        0.1  # what a plain step between speculative ones counts for in the costs, at least
+    )
     # Steps between two looks at whether speculation pays, while the batch stays as it is.
     gain_every = 8
 
@@ -54,17 +63,16 @@ class MarginalPolicy(DraftPolicy):
         self.costs = costs
         self.tables = tables or SurvivalTables()
         self.strata = strata
-        self.on = True
+        self.switch = Switch(deepcopy(costs).plain_step)
         self._speedup = 1.0  # expected rate relative to plain decoding, smoothed
         self._nodes_a_req = 4.0
         self._levels = 1.0  # levels beyond the first, and rows of such a level, per request
         self._rows = 2.0
         self._num_levels = 0  # of the current draft; with a depth of 1 nothing is ever expanded
         self._num_rows = 0
-        self._probe_wait = self.probe_after
-        self._steps_off = 0
-        self._probing = False
+        self._scope: Scope = "all"
         self._age, self._gain_reqs = 0, -1
+        self._predicted = 1.0
         self._draft_seconds = 0.0
         ranks = np.arange(shape.top_k)
         # How much of a node's survival each child inherits, by temperature, depth, stratum and rank.
@@ -80,27 +88,16 @@ class MarginalPolicy(DraftPolicy):
 
     def scope(self, num_reqs: int, context: float) -> Scope:
         """Compares what recent trees would earn in this batch with plain decoding."""
-        self._probing = False
         self._age += 1
         if num_reqs != self._gain_reqs or self._age >= self.gain_every:
             self._age, self._gain_reqs = 0, num_reqs
-            gain = self.gain(num_reqs, context)
-            self.on = hysteresis(self.on, gain, start=self.start, stop=self.stop)
-        if self.on:
-            self._steps_off = 0
-            self._probe_wait = self.probe_after
-            return "all"
-        self._steps_off += 1
-        if self._steps_off >= self._probe_wait:
-            self._steps_off = 0
-            self._probe_wait = min(2 * self._probe_wait, self.probe_at_most)
-            self._probing = True
-            return "probe"
-        return "none"
+            self._predicted = self.gain(num_reqs, context)
+        self._scope = self.switch.scope(num_reqs, self._predicted)
+        return self._scope
 
     def gain(self, num_reqs: int, context: float) -> float:
         """Expected rate with speculation relative to plain decoding for a batch of this size."""
-        plain = self.costs.step(num_reqs, num_reqs, context)
+        plain = self.costs.plain_step(num_reqs, context)
         first = self.costs.first_pass.at(num_reqs)
         rows = max(1.0, num_reqs * self._rows)
         rates = []
@@ -117,7 +114,7 @@ class MarginalPolicy(DraftPolicy):
 
     def price(self, num_reqs: int, context: float) -> float:
         """Tokens per second that a second is worth: plain decoding's rate times the speedup achieved lately."""
-        plain = self.costs.step(num_reqs, num_reqs, context)
+        plain = self.costs.plain_step(num_reqs, context)
         return max(1.0, self._speedup) * num_reqs / plain
 
     # ---- a draft
@@ -180,7 +177,7 @@ class MarginalPolicy(DraftPolicy):
         width = min(survivals.shape[1], self.shape.num_nodes)
         top = survivals[:, :width]
         self._smooth(self.curve, top)
-        if batch.limits.size and not self._probing:
+        if batch.limits.size and self._scope != "probe":
             self._levels += 0.1 * (self._num_levels - self._levels)
             rows = self._num_rows / max(1, self._num_levels) / batch.limits.size
             self._rows += 0.1 * (rows - self._rows) * (self._num_levels > 0)
@@ -189,16 +186,16 @@ class MarginalPolicy(DraftPolicy):
         usual += self._num_levels * self.costs.level.at(max(1, self._num_rows))
         self._draft_seconds = min(draft_seconds, 2.0 * usual)
         chosen = self._choose(top, limits, batch.num_reqs, batch.num_reqs, batch.context)
-        if self._probing:
+        if self._scope == "probe":
             return np.minimum(np.maximum(chosen.num_nodes, self.probe_nodes), limits)
-        plain = batch.num_reqs / self.costs.step(batch.num_reqs, batch.num_reqs, batch.context)
+        plain = batch.num_reqs / self.costs.plain_step(batch.num_reqs, batch.context)
         self._speedup += 0.1 * (chosen.rate / plain - self._speedup)
         nodes = chosen.num_nodes.sum() / max(1, batch.num_reqs)
         self._nodes_a_req += 0.1 * (nodes - self._nodes_a_req)
         return chosen.num_nodes
 
     def keep(self, survivals, num_nodes, other_tokens, num_reqs, context) -> Ints:
-        if self._probing:
+        if self._scope == "probe":
             return num_nodes
         return self._choose(survivals, num_nodes, other_tokens, num_reqs, context).num_nodes
 
@@ -217,7 +214,13 @@ class MarginalPolicy(DraftPolicy):
         self.tables.observe(nodes, accepted)
 
     def observe_step(self, num_tokens: int, num_reqs: int, context: float, seconds: float) -> None:
-        self.costs.observe_step(num_tokens, num_reqs, context, seconds)
+        if self._scope == "pause":
+            self.costs.observe_step(num_tokens, num_reqs, context, seconds, self.pause_share)
+        else:
+            self.costs.observe_step(num_tokens, num_reqs, context, seconds)
+
+    def observe_cycle(self, cycle: Cycle) -> None:
+        self.switch.observe(cycle)
 
     def observe_first_pass(self, num_tokens: int, seconds: float) -> None:
         self.costs.first_pass.observe(num_tokens, seconds)
@@ -232,7 +235,7 @@ class MarginalPolicy(DraftPolicy):
         width = min(curve.size, survivals.shape[1])
         mean = np.zeros(curve.size)
         mean[:width] = survivals[:, :width].mean(axis=0)
-        rate = 0.3 if self._probing else 0.05
+        rate = 0.3 if self._scope == "probe" else 0.05
         curve += rate * (mean - curve)
 
 

@@ -47,6 +47,7 @@ class StepCounters:
     trees_by_stratum: Counter[int] = field(default_factory=Counter)  # verified trees
     depth_by_stratum: Counter[int] = field(default_factory=Counter)  # sum of their depths
     probes: int = 0  # steps that drafted only to measure, while speculation was switched off
+    pauses: int = 0  # plain steps only to measure, while speculation was switched on
     caught_up_tokens: int = 0  # tokens the head read later than in the step that emitted them
     seconds: dict[str, float] = field(  # of steps, by part; the parts add up to the step
         default_factory=lambda: dict.fromkeys(STEP_PARTS, 0.0)

@@ -143,6 +143,7 @@ METRICS = (
         "Tokens that the head read later than in the step that emitted them.",
     ),
     _counter("probes", "probes", "Steps that drafted to measure while speculation was off."),
+    _counter("pauses", "pauses", "Plain steps to measure while speculation was on."),
     _counter(
         "step_seconds",
         "seconds",

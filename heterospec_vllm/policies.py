@@ -30,7 +30,8 @@ from heterospec_vllm.survival import (
 )
 from heterospec_vllm.tree import Floats, Ints
 
-Scope = Literal["none", "probe", "all"]
+# Whom a step drafts for: nobody, a few to measure (speculation is off), nobody to measure (it is on), everybody.
+Scope = Literal["none", "probe", "pause", "all"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,17 @@ class Batch:
     context: float  # their tokens of context
     temperatures: Ints  # [num_drafting] 0 greedy, 1 sampled
     limits: Ints  # [num_drafting] most nodes of each request
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """A step of decodes alone, with the draft it verified: what a batch got for its time."""
+
+    speculated: bool
+    num_reqs: int
+    context: float  # their tokens of context
+    num_tokens: int  # emitted
+    seconds: float  # the draft's and the step's
 
 
 @dataclass(frozen=True)
@@ -70,7 +82,7 @@ class DraftPolicy:
         self.max_depth = shape.max_depth  # most levels a draft can reach
 
     def scope(self, num_reqs: int, context: float) -> Scope:
-        """Whether to draft after this step: for all requests, for a few (probe), or for none."""
+        """For whom to draft after this step."""
         return "all"
 
     def survivals(
@@ -144,6 +156,9 @@ class DraftPolicy:
 
     def observe_step(self, num_tokens: int, num_reqs: int, context: float, seconds: float) -> None:
         """A target step and its seconds, drafting not included."""
+
+    def observe_cycle(self, cycle: Cycle) -> None:
+        """A step that speculated for everybody or for nobody, without prompts and catching up."""
 
     def observe_first_pass(self, num_tokens: int, seconds: float) -> None:
         """The head's pass over true tokens, its logits included."""

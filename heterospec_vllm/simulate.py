@@ -16,7 +16,7 @@ import numpy as np
 from heterospec_vllm.cost import StepCosts
 from heterospec_vllm.growth import update_meta_entropies
 from heterospec_vllm.marginal import MarginalPolicy
-from heterospec_vllm.policies import Batch, DraftPolicy, Level
+from heterospec_vllm.policies import Batch, Cycle, DraftPolicy, Level
 from heterospec_vllm.survival import NodeFeatures
 from heterospec_vllm.trace import Trace
 from heterospec_vllm.tree import CandidatePool, Ints
@@ -104,7 +104,8 @@ def _replay_batch(
         num_reqs, context = requests.size, float(positions.sum())
         accepted = np.zeros(num_reqs, dtype=np.int64)
         seconds, nodes = 0.0, 0
-        if policy.scope(num_reqs, context) != "none":
+        scope = policy.scope(num_reqs, context)
+        if scope in ("all", "probe"):
             drafted = _draft(recorded, policy, costs, requests, positions, context)
             accepted, nodes, seconds = drafted.accepted, drafted.nodes, drafted.seconds
             outcome.levels += drafted.levels
@@ -113,6 +114,10 @@ def _replay_batch(
         left = recorded.last[requests] - positions
         advanced = np.minimum(accepted + 1, left)
         positions = positions + advanced
+        if scope != "probe":
+            policy.observe_cycle(
+                Cycle(scope == "all", num_reqs, context, int(advanced.sum()), step + seconds)
+            )
         outcome.tokens += int(advanced.sum())
         outcome.seconds += step + seconds
         outcome.steps += 1

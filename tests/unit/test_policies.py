@@ -120,6 +120,7 @@ def test_paper_without_low_strata_is_the_static_tree() -> None:
 def marginal(**costs: float) -> MarginalPolicy:
     policy = MarginalPolicy(SHAPE, step_costs(**costs))
     policy.gain_every = 1
+    policy.switch.worth_a_try = np.inf  # predictions decide; test_switch.py measures
     return policy
 
 
@@ -285,7 +286,7 @@ def test_gains_within_the_band_change_nothing() -> None:
     policy = marginal()
     policy.gain = lambda num_reqs, context: next(gains)  # type: ignore[method-assign]
     assert {policy.scope(1, 0.0) for _ in range(50)} == {"all"}
-    policy.on = False
+    policy.switch.on = False
     assert {policy.scope(1, 0.0) for _ in range(50)} == {"none"}
 
 

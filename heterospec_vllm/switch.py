@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speculation on or off: predicted rates start it, measured rates end it.
+
+What a cost table says about steps that are not taken is a guess, and while speculation is on plain steps are not taken.
+So now and then a step is decoded plainly, and the two rates of the same moment are compared. How far the prediction was
+off is kept for every batch size and corrects the predictions that follow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from heterospec_vllm.policies import Cycle, Scope
+from heterospec_vllm.policy import hysteresis
+
+# Speculative cycles that a mean speaks for, and the fewest that a plain step is compared with.
+WINDOW, FEWEST = 32, 4
+# A plain step's surprise counts for at most this much (in logarithms): one interrupted step must not decide.
+MOST_SURPRISE = 0.7
+# The trust in a correction that each probe takes away while speculation is off: it may not hold any more.
+FORGOTTEN = 0.1
+
+
+@dataclass
+class _Size:
+    """What was measured with batches of about one size, seconds relative to the reference."""
+
+    seconds: float = 0.0  # mean of a speculative cycle
+    tokens: float = 0.0  # mean tokens of a request in a speculative cycle
+    num_cycles: int = 0  # in those means, at most WINDOW
+    since_pause: int = 0
+    num_pauses: int = 0
+    steps_tried: int = 0
+    error: float = 0.0  # mean logarithm of measured over predicted gain
+    trust: float = 1.0  # in that mean: it falls while nothing is measured
+
+    @property
+    def correction(self) -> float:
+        """What a prediction is multiplied with."""
+        return math.exp(self.trust * self.error)
+
+    def add(self, seconds: float, tokens: float) -> None:
+        """A speculative cycle."""
+        if self.num_cycles >= FEWEST:
+            seconds = min(seconds, 2.0 * self.seconds)
+        rate = 1.0 / (self.num_cycles + 1)
+        self.seconds += rate * (seconds - self.seconds)
+        self.tokens += rate * (tokens - self.tokens)
+        self.num_cycles = min(self.num_cycles + 1, WINDOW - 1)
+        self.since_pause += 1
+
+    def compare(self, plain_seconds: float, predicted: float) -> None:
+        """A step of plain decoding between speculative cycles."""
+        if self.num_cycles < FEWEST:
+            return
+        measured = self.tokens * plain_seconds / self.seconds
+        surprise = math.log(measured / predicted) - self.error
+        surprise = min(max(surprise, -MOST_SURPRISE), MOST_SURPRISE)
+        self.error += max(1.0 / (self.num_pauses + 2), 0.1) * surprise
+        self.trust = 1.0
+        self.num_pauses += 1
+
+
+class Switch:
+    """Whether a step drafts. Gains are rates with speculation over rates of plain decoding."""
+
+    start, stop = 1.03, 1.0
+    # A size that was never measured is tried from this predicted gain on, for at most so many steps.
+    worth_a_try, trial_steps = 0.9, 64
+    # Steps without speculation between two probes, the first and the longest wait.
+    probe_after, probe_at_most = 64, 1024
+    # Cycles between two plain steps while speculation is on: soon at first, then as rarely as the loss is below
+    # ``pause_loss`` of the time.
+    first_pauses, pause_soon, pause_after, pause_at_most = 4, 8, 16, 256
+    pause_loss = 0.005
+
+    def __init__(self, reference: Callable[[int, float], float]) -> None:
+        """``reference``: seconds of a plain step by requests and context, right in its shape and never changing."""
+        self.on = True
+        self._reference = reference
+        self._sizes: dict[int, _Size] = defaultdict(_Size)
+        self._predicted = 1.0
+        self._probe_wait = self.probe_after
+        self._steps_off = 0
+
+    def gain(self, num_reqs: int, predicted: float) -> float:
+        """The predicted gain as measurements with batches of this size have corrected it."""
+        return predicted * self._size(num_reqs).correction
+
+    def scope(self, num_reqs: int, predicted: float) -> Scope:
+        """What the next step drafts for."""
+        size = self._size(num_reqs)
+        gain = self.gain(num_reqs, predicted)
+        if gain < self.start and self._tries(size, predicted):
+            gain = self.start
+        self._predicted = predicted
+        was_on = self.on
+        self.on = hysteresis(was_on, gain, start=self.start, stop=self.stop)
+        if self.on:
+            if not was_on:
+                size.num_cycles = size.since_pause = 0  # of another time
+            self._steps_off = 0
+            if size.trust == 1.0 or not size.num_pauses:  # not only hoped for
+                self._probe_wait = self.probe_after
+            elif size.trust < 0.5:  # measure afresh
+                size.trust, size.num_pauses, size.steps_tried = 1.0, 0, 0
+            if size.since_pause < self._pause_wait(size, gain):
+                return "all"
+            size.since_pause = 0
+            return "pause"
+        self._steps_off += 1
+        if self._steps_off < self._probe_wait:
+            return "none"
+        self._steps_off = 0
+        self._probe_wait = min(2 * self._probe_wait, self.probe_at_most)
+        size.trust *= 1.0 - FORGOTTEN
+        return "probe"
+
+    def observe(self, cycle: Cycle) -> None:
+        """What a cycle took; plain ones count while speculation is on."""
+        size = self._size(cycle.num_reqs)
+        seconds = cycle.seconds / self._reference(cycle.num_reqs, cycle.context)
+        if cycle.speculated:
+            size.add(seconds, cycle.num_tokens / cycle.num_reqs)
+        elif self.on:
+            size.compare(seconds, self._predicted)
+
+    def _tries(self, size: _Size, predicted: float) -> bool:
+        if size.num_pauses >= self.first_pauses or predicted < self.worth_a_try:
+            return False
+        size.steps_tried += 1
+        return size.steps_tried <= self.trial_steps
+
+    def _pause_wait(self, size: _Size, gain: float) -> int:
+        if size.num_pauses < self.first_pauses or size.trust < 1.0:
+            return self.pause_soon
+        wait = (1.0 - 1.0 / gain) / self.pause_loss
+        return int(min(max(wait, self.pause_after), self.pause_at_most))
+
+    def _size(self, num_reqs: int) -> _Size:
+        """Sizes 1, 2, 3-4, 5-8, ... share a record."""
+        return self._sizes[(num_reqs - 1).bit_length()]
