@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from heterospec_vllm import tree_loops
 from heterospec_vllm.catch_up import HeadProgress
 from heterospec_vllm.drafter import HeteroSpecProposer
 from heterospec_vllm.metrics import StepCounters
@@ -131,19 +132,15 @@ class Controller:
             self.step_recorder.walked(trees, walked)
         if not self.policy.learns:
             return
-        real = np.arange(trees.max_nodes) < trees.num_nodes[:, None]
-        accepted = np.zeros((trees.num_reqs, trees.max_nodes + 1), dtype=np.float32)
-        np.put_along_axis(accepted, np.maximum(walked.rows, 0), 1.0, axis=1)
-        reqs, nodes = np.nonzero(real)
-        self.policy.observe_nodes(
-            NodeFeatures(
-                log_probs=trees.log_probs[reqs, nodes],
-                depths=trees.depths[reqs, nodes + 1],
-                strata=trees.strata[reqs, nodes],
-                temperatures=temperatures[reqs],
-            ),
-            accepted[reqs, nodes + 1],
+        *features, accepted = tree_loops.outcomes(
+            trees.log_probs,
+            trees.depths,
+            trees.strata,
+            trees.num_nodes,
+            walked.rows,
+            temperatures,
         )
+        self.policy.observe_nodes(NodeFeatures(*features), accepted)
 
     @contextmanager
     def sampling(self) -> Iterator[None]:

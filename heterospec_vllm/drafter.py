@@ -22,13 +22,14 @@ from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.spec_decode.eagle import EagleProposer
 
+from heterospec_vllm import level_loops
 from heterospec_vllm.attention.cpu import DraftLevelMetadata
 from heterospec_vllm.growth import Parents, children_of, level_of
 from heterospec_vllm.policies import Batch, DraftPolicy
 from heterospec_vllm.policy import Bools, in_beam
 from heterospec_vllm.taps import TapFusion
 from heterospec_vllm.timing import CLOCK
-from heterospec_vllm.tree import NO_ROW, CandidatePool, DraftTrees, Floats, Ints
+from heterospec_vllm.tree import CandidatePool, DraftTrees, Floats, Ints
 from heterospec_vllm.true_tokens import (
     TrueTokens,
     parts_of,
@@ -54,9 +55,15 @@ class _Frontier:
 
     slots: Ints  # [num_reqs, width] their candidate column in the level, NO_ROW padded
     rows: Ints  # [num_reqs, width] their row in the head's batch, NO_ROW padded
-    num_rows: int
+    reqs: torch.Tensor  # [num_rows] request of each row
+    tokens: torch.Tensor  # [num_rows]
+    query_start_loc: torch.Tensor  # [num_reqs + 1] int32
     hidden: torch.Tensor  # [num_rows, hidden_size] output for their parents
     tail: torch.Tensor  # [num_rows, level - 1] scratch rows of their ancestors
+
+    @property
+    def num_rows(self) -> int:
+        return self.tokens.shape[0]
 
 
 class HeteroSpecProposer(EagleProposer):
@@ -262,9 +269,7 @@ class HeteroSpecProposer(EagleProposer):
                 break
             if scratch is None:
                 scratch = self._scratch_for(num_reqs * most * (policy.max_depth - 1))
-            normed, hidden, tail = self._forward_level(
-                depth, first_row, frontier, level_pool, context, scratch
-            )
+            normed, hidden, tail = self._forward_level(depth, first_row, frontier, context, scratch)
             first_row += frontier.num_rows
             parent = Parents.of(frontier.slots, level_pool, pool_size)
             rows = frontier.rows
@@ -281,25 +286,18 @@ class HeteroSpecProposer(EagleProposer):
         most: int,  # nodes of a request
     ) -> _Frontier:
         """The chosen candidates packed to the left, with what the head needs of their parents."""
-        num_candidates = chosen.shape[1]
-        counts = chosen.sum(axis=1)
-        if counts.max() > most:
+        if chosen.sum(axis=1).max() > most:
             chosen = chosen & in_beam(np.where(chosen, level_pool.log_probs, -np.inf), most)
-            counts = chosen.sum(axis=1)
-        width = int(counts.max())
-        slots = np.argsort(~chosen, axis=1, kind="stable")[:, :width]
-        real = np.arange(width) < counts[:, None]
-        num_rows = int(counts.sum())
-        own_rows = np.full(slots.shape, NO_ROW)
-        own_rows[real] = np.arange(num_rows)
-        top_k = num_candidates // rows.shape[1]
-        parent_rows = torch.from_numpy(
-            rows[np.arange(rows.shape[0])[:, None], slots // top_k][real]
+        slots, own_rows, reqs, parents, tokens, start = level_loops.frontier(
+            chosen, rows, level_pool.tokens
         )
+        parent_rows = torch.from_numpy(parents)
         return _Frontier(
-            slots=np.where(real, slots, NO_ROW),
+            slots=slots,
             rows=own_rows,
-            num_rows=num_rows,
+            reqs=torch.from_numpy(reqs),
+            tokens=torch.from_numpy(tokens),
+            query_start_loc=torch.from_numpy(start),
             hidden=hidden[parent_rows],
             tail=tail[parent_rows],
         )
@@ -323,26 +321,20 @@ class HeteroSpecProposer(EagleProposer):
         level: int,
         first_row: int,  # of the scratch
         frontier: _Frontier,
-        level_pool: CandidatePool,
         context: _HeadContext,
         scratch: dict[str, tuple[torch.Tensor, torch.Tensor]],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Run the head over a frontier: (normed output, output, scratch rows of each node and its ancestors)."""
         num_tokens = frontier.num_rows
-        real = frontier.slots >= 0
-        reqs, places = np.nonzero(real)
-        node_tokens = level_pool.tokens[reqs, frontier.slots[reqs, places]]
         own = torch.arange(first_row, first_row + num_tokens)[:, None]
         tail = torch.cat([frontier.tail, own], dim=1)
-        start = np.zeros(real.shape[0] + 1, dtype=np.int32)
-        np.cumsum(real.sum(axis=1), out=start[1:])
         # The rotary table ends at the model's length; a draft beyond it is never scheduled.
         positions = (context.positions + level).clamp(max=self.max_model_len - 1)
-        self.input_ids[:num_tokens] = torch.from_numpy(node_tokens)
-        self.positions[:num_tokens] = positions[torch.from_numpy(reqs)]
+        self.input_ids[:num_tokens] = frontier.tokens
+        self.positions[:num_tokens] = positions[frontier.reqs]
         self.hidden_states[:num_tokens] = frontier.hidden
         metadata = DraftLevelMetadata(
-            query_start_loc=torch.from_numpy(start),
+            query_start_loc=frontier.query_start_loc,
             context_lens=context.seq_lens,
             block_table=context.block_table,
             tail_index=tail.int(),

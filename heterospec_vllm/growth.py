@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from heterospec_vllm import level_loops
 from heterospec_vllm.policies import Batch, DraftPolicy, Level
-from heterospec_vllm.signals import meta_path_end, top_k_entropy
+from heterospec_vllm.signals import meta_path_end
 from heterospec_vllm.tree import NO_ROW, CandidatePool, Floats, Ints
 
 
@@ -27,7 +28,9 @@ class Parents:
         """The roots of a batch, as parents of the first level."""
         zeros = np.zeros((num_reqs, 1), dtype=np.float32)
         none = np.full((num_reqs, 1), NO_ROW)
-        return cls(none, zeros, zeros + 1, zeros, np.zeros((num_reqs, 1), dtype=np.int64))
+        return cls(
+            none, zeros, np.ones((num_reqs, 1)), zeros, np.zeros((num_reqs, 1), dtype=np.int64)
+        )
 
     @classmethod
     def of(cls, slots: Ints, level_pool: CandidatePool, first_column: int) -> Parents:
@@ -40,7 +43,7 @@ class Parents:
         return cls(
             columns=first_column + at,
             log_probs=picked(level_pool.log_probs),
-            survivals=np.where(slots >= 0, picked(level_pool.survivals), np.float32(0)),
+            survivals=np.where(slots >= 0, picked(level_pool.survivals), 0.0),
             entropies=picked(level_pool.entropies),
             strata=picked(level_pool.strata),
         )
@@ -56,23 +59,24 @@ def children_of(
     local: Floats,  # [num_rows, top_k]
 ) -> CandidatePool:
     """One level of the pool; the children of padded parents are absent."""
-    num_reqs, width = rows.shape
-    top_k = tokens.shape[1]
-    entropy = parent.entropies + top_k_entropy(local)[rows]
-    log_probs = parent.log_probs[..., None] + local[rows]
-    log_probs[rows < 0] = -np.inf
-    entropies = np.repeat(entropy, top_k, axis=1)
-    strata = np.repeat(policy.strata.of(depth, entropy), top_k, axis=1)
-    log_probs = log_probs.reshape(num_reqs, -1)
-    parents = np.repeat(parent.survivals, top_k, axis=1)
+    tokens, log_probs, entropies, strata, parents, ranks, survivals = level_loops.children(
+        parent.columns,
+        parent.log_probs,
+        parent.entropies,
+        parent.survivals,
+        rows,
+        tokens,
+        local,
+        policy.strata.cuts(depth),
+    )
     return CandidatePool(
-        tokens=tokens[rows].reshape(num_reqs, -1),
+        tokens=tokens,
         log_probs=log_probs,
-        survivals=policy.survivals(batch, depth, log_probs, strata, parents),
+        survivals=policy.survivals(batch, depth, log_probs, strata, survivals),
         strata=strata,
         entropies=entropies,
-        parents=np.repeat(parent.columns, top_k, axis=1),
-        ranks=np.broadcast_to(np.tile(np.arange(top_k), width), (num_reqs, width * top_k)),
+        parents=parents,
+        ranks=ranks,
     )
 
 

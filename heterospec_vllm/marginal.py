@@ -7,6 +7,7 @@ from copy import deepcopy
 
 import numpy as np
 
+from heterospec_vllm import level_loops
 from heterospec_vllm.config import HeteroSpecConfig
 from heterospec_vllm.cost import StepCosts
 from heterospec_vllm.policies import (
@@ -34,7 +35,6 @@ from heterospec_vllm.survival import (
     NUM_TEMPERATURES,
     NodeFeatures,
     SurvivalTables,
-    along_paths,
 )
 from heterospec_vllm.switch import Switch
 from heterospec_vllm.tree import Floats, Ints
@@ -74,6 +74,7 @@ class MarginalPolicy(DraftPolicy):
         self._age, self._gain_reqs = 0, -1
         self._predicted = 1.0
         self._draft_seconds = 0.0
+        self._num_reqs = 0  # for which the latest draft was chosen as the best; 0 for a probe
         ranks = np.arange(shape.top_k)
         # How much of a node's survival each child inherits, by temperature, depth, stratum and rank.
         self._continuation = np.broadcast_to(
@@ -120,14 +121,7 @@ class MarginalPolicy(DraftPolicy):
     # ---- a draft
 
     def survivals(self, batch, depth, log_probs, strata, parent_survivals) -> Floats:
-        absent = ~(log_probs > -np.inf)  # NaN, too
-        nodes = NodeFeatures(
-            log_probs,
-            np.full(log_probs.shape, depth),
-            strata,
-            np.broadcast_to(batch.temperatures[:, None], log_probs.shape),
-        )
-        return np.where(absent, 0.0, along_paths(self.tables.predict(nodes), parent_survivals))
+        return self.tables.of_level(log_probs, depth, strata, batch.temperatures, parent_survivals)
 
     def expand(self, batch: Batch, level: Level) -> Bools:
         if level.depth == 1:
@@ -156,20 +150,9 @@ class MarginalPolicy(DraftPolicy):
     def observe_children(self, batch, depth, strata, survivals, children) -> None:
         """What children inherited, weighted by how much the parent mattered: teaches :meth:`expand`."""
         depth = min(depth, MAX_DEPTH)
-        real = survivals > 0
-        if not real.any():
-            return
-        weight = 0.1 * survivals[real][:, None]
-        share = children[real] / np.maximum(survivals[real], 1e-6)[:, None]
-        temperatures = np.broadcast_to(batch.temperatures[:, None], survivals.shape)[real]
-        cell = (temperatures, depth, strata[real])
-        moved = np.zeros_like(self._continuation)
-        total = np.zeros(self._continuation.shape[:-1])
-        np.add.at(moved, cell, weight * share)
-        np.add.at(total, cell, weight[:, 0])
-        total = total[..., None]
-        mean = np.divide(moved, total, out=np.zeros_like(moved), where=total > 0)
-        self._continuation += np.minimum(total, 0.5) * (mean - self._continuation)
+        level_loops.inherit(
+            self._continuation, batch.temperatures, depth, strata, survivals, children
+        )
 
     def propose(self, batch: Batch, survivals: Floats, draft_seconds: float) -> Ints:
         """The best choice for a step without prefill; the step itself may only verify fewer."""
@@ -187,7 +170,9 @@ class MarginalPolicy(DraftPolicy):
         self._draft_seconds = min(draft_seconds, 2.0 * usual)
         chosen = self._choose(top, limits, batch.num_reqs, batch.num_reqs, batch.context)
         if self._scope == "probe":
+            self._num_reqs = 0
             return np.minimum(np.maximum(chosen.num_nodes, self.probe_nodes), limits)
+        self._num_reqs = batch.num_reqs
         plain = batch.num_reqs / self.costs.plain_step(batch.num_reqs, batch.context)
         self._speedup += 0.1 * (chosen.rate / plain - self._speedup)
         nodes = chosen.num_nodes.sum() / max(1, batch.num_reqs)
@@ -195,7 +180,8 @@ class MarginalPolicy(DraftPolicy):
         return chosen.num_nodes
 
     def keep(self, survivals, num_nodes, other_tokens, num_reqs, context) -> Ints:
-        if self._scope == "probe":
+        as_planned = other_tokens == num_reqs == self._num_reqs
+        if self._scope == "probe" or as_planned:
             return num_nodes
         return self._choose(survivals, num_nodes, other_tokens, num_reqs, context).num_nodes
 

@@ -10,9 +10,9 @@ from collections import Counter
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-import numpy as np
-
-from heterospec_vllm.tree import DraftTrees, Ints
+from heterospec_vllm import tree_loops
+from heterospec_vllm.strata import NUM_STRATA
+from heterospec_vllm.tree import DraftTrees
 from heterospec_vllm.verify import Walk
 
 # What the time of a step is split into: the target's forward pass, the head's passes, deciding the trees, the walk
@@ -57,38 +57,37 @@ class StepCounters:
     price_of_time: float = 0.0  # gauge: tokens per second that one second is worth
 
     def record_walk(self, trees: DraftTrees, walked: Walk, num_moves: int) -> None:
-        self.eligible_steps += 1
-        self.tree_steps += bool((~trees.is_chain).any())
-        self.drafted_trees += int((trees.num_nodes > 0).sum())
-        self.verified_nodes += int(trees.num_nodes.sum())
-        accepted: Ints = walked.num_accepted
-        self.accepted_nodes += int(accepted.sum())
-        self.max_verified_depth = max(self.max_verified_depth, trees.max_depth)
-        self.max_accepted_depth = max(self.max_accepted_depth, int(accepted.max(initial=0)))
-        rows = np.maximum(walked.rows, 0)
-        ranks = np.take_along_axis(trees.ranks, rows, axis=1)
-        self.accepted_non_first_child += int(((walked.rows > 0) & (ranks > 0)).sum())
-        self.accepted_per_depth.update(
-            {depth: int(n) for depth, n in enumerate((walked.rows > 0).sum(axis=0)) if depth > 0}
+        by_stratum, by_depth, others, num_trees, branches = tree_loops.tally(
+            trees.parents,
+            trees.depths,
+            trees.ranks,
+            trees.num_nodes,
+            trees.strata,
+            walked.rows,
+            NUM_STRATA,
         )
-        self._record_strata(trees)
+        self.eligible_steps += 1
+        self.tree_steps += branches
+        self.drafted_trees += num_trees
+        self.verified_nodes += int(trees.num_nodes.sum())
+        accepted = by_depth.tolist()
+        self.accepted_nodes += sum(accepted)
+        self.accepted_non_first_child += others
+        self.max_verified_depth = max(self.max_verified_depth, trees.max_depth)
+        deepest = max((depth for depth, n in enumerate(accepted) if n), default=0)
+        self.max_accepted_depth = max(self.max_accepted_depth, deepest)
+        for depth, count in enumerate(accepted[1:], 1):
+            self.accepted_per_depth[depth] += count
+        for counter, counts in zip(
+            (self.nodes_by_stratum, self.trees_by_stratum, self.depth_by_stratum),
+            by_stratum.tolist(),
+            strict=True,
+        ):
+            for stratum, count in enumerate(counts):
+                if count:
+                    counter[stratum] += count
         self.moved_kv_rows += num_moves
         self.steps_compacted_in_place += num_moves == 0
-
-    def _record_strata(self, trees: DraftTrees) -> None:
-        """A tree's stratum is that of the end of its meta-path, which is laid out first."""
-        width = trees.max_nodes
-        if not width:
-            return
-        real = np.arange(width) < trees.num_nodes[:, None]
-        on_path = np.logical_and.accumulate(trees.parents[:, 1:] == np.arange(width), axis=1)
-        end = np.maximum((on_path & real).sum(axis=1) - 1, 0)
-        has_tree = trees.num_nodes > 0
-        tree_strata = trees.strata[np.arange(trees.num_reqs), end][has_tree]
-        depths = trees.depths.max(axis=1)[has_tree]
-        _add(self.nodes_by_stratum, np.bincount(trees.strata[real]))
-        _add(self.trees_by_stratum, np.bincount(tree_strata))
-        _add(self.depth_by_stratum, np.bincount(tree_strata, weights=depths))
 
     def as_dict(self) -> dict[str, Any]:
         """A copy that JSON can hold (as JSON its integer keys become text)."""
@@ -96,8 +95,3 @@ class StepCounters:
         copied = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items()}
         copied["fallbacks"] = {reason: n for reason, n in self.fallbacks.items() if n}
         return copied
-
-
-def _add(counter: Counter[int], counts: Any) -> None:
-    for stratum in np.flatnonzero(counts).tolist():
-        counter[stratum] += int(counts[stratum])

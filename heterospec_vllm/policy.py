@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from heterospec_vllm import level_loops
 from heterospec_vllm.tree import Floats, Ints
 
 Bools = NDArray[np.bool_]
@@ -71,19 +72,11 @@ def choose_nodes(
     A row is sorted with parents before children, so the chosen ones are a connected prefix of every tree. ``cost``
     also bounds the total (the scheduler's token budget). ``other_reqs`` decode plainly in the same batch.
     """
-    num_reqs, width = survivals.shape
-    allowed = np.arange(width) < limits[:, None]
-    flat = np.where(allowed, survivals, -1.0).ravel()
-    order = np.argsort(-flat, kind="stable")
-    most = min(int(allowed.sum()), cost.size - 1)
-    order = order[:most]
-    tokens = (
-        num_reqs + other_reqs + np.concatenate([[0.0], np.cumsum(flat[order], dtype=np.float64)])
+    num_reqs = survivals.shape[0]
+    num_nodes, tokens, rate = level_loops.best_prefix(
+        np.asarray(survivals, dtype=np.float64), limits, cost, float(num_reqs + other_reqs)
     )
-    rates = tokens / cost[: most + 1]
-    best = int(rates.argmax())
-    num_nodes = np.bincount(order[:best] // max(width, 1), minlength=num_reqs)
-    return NodeChoice(num_nodes, float(tokens[best]), float(rates[best]))
+    return NodeChoice(num_nodes, tokens, rate)
 
 
 def nodes_worth_expanding(
@@ -101,13 +94,15 @@ def nodes_worth_expanding(
     A node earns what its children are expected to add beyond the price of verifying them. The cost of starting a level
     is shared by all requests that go on.
     """
-    spare = np.maximum(survivals, 0.0)[..., None] * continuation - price * node_seconds
-    gain = np.maximum(spare, 0.0).sum(axis=-1) - price * row_seconds
-    gain = np.where(survivals > 0, gain, -1.0)
-    chosen = in_beam(np.where(gain > 0, gain, -np.inf), beam)
-    if gain[chosen].sum() <= price * level_seconds:
-        return np.zeros_like(chosen)
-    return chosen
+    return level_loops.worth_expanding(
+        np.asarray(survivals, dtype=np.float64),
+        continuation,
+        price,
+        node_seconds,
+        row_seconds,
+        level_seconds,
+        beam,
+    )
 
 
 def in_beam(

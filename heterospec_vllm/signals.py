@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 
+from heterospec_vllm import level_loops
 from heterospec_vllm.tree import Floats, Ints
 
 # Which node ends the meta-path: "A" the deepest one of highest path probability, "B" the deepest one whose own
@@ -24,14 +25,8 @@ def top_k_entropy(
 
     A row without a finite entry (an absent node) has entropy 0.
     """
-    top = log_probs.max(axis=-1, keepdims=True)
-    shifted = log_probs - np.where(np.isfinite(top), top, 0.0)
-    weights = np.exp(shifted)
-    total = weights.sum(axis=-1)
-    # sum p log p = sum w log w / W - log W; w log w of an absent child is 0.
-    weighted = np.where(weights > 0, weights * np.maximum(shifted, -700.0), 0.0).sum(axis=-1)
-    safe = np.where(total > 0, total, 1.0)
-    return np.maximum(np.log(safe) - weighted / safe, 0.0).astype(np.float32)
+    rows = np.reshape(log_probs, (-1, log_probs.shape[-1])).astype(np.float32)
+    return level_loops.entropies(rows).reshape(log_probs.shape[:-1])
 
 
 def meta_path_end(

@@ -194,7 +194,7 @@ def expand(
     levels: list[CandidatePool] = []
     level_rows: list[int] = []
     meta = np.zeros(num_reqs, dtype=np.float32)
-    survivals = np.zeros((num_reqs, recorded.depths.size), dtype=np.float32)
+    survivals = np.zeros((num_reqs, recorded.depths.size))
     expanded = np.zeros((num_reqs, recorded.depths.size), dtype=np.bool_)
     for depth in range(1, recorded.max_depth + 1):
         columns = recorded.columns(depth)
@@ -205,20 +205,18 @@ def expand(
             parents >= 0, np.take_along_axis(expanded, above, axis=1), present[:, None]
         )
         log_probs[~known] = -np.inf
-        parent_survivals = np.where(
-            parents >= 0, np.take_along_axis(survivals, above, axis=1), np.float32(1)
-        )
+        parent_survivals = np.where(parents >= 0, np.take_along_axis(survivals, above, axis=1), 1.0)
         entropies = trace.entropies[rows, columns]
         strata = policy.strata.of(depth, entropies)
         survivals[:, columns] = policy.survivals(batch, depth, log_probs, strata, parent_survivals)
         level = CandidatePool(
-            tokens=trace.tokens[rows, columns],
+            tokens=trace.tokens[rows, columns].astype(np.int64),
             log_probs=log_probs,
             survivals=survivals[:, columns],
             strata=strata,
             entropies=entropies,
             parents=parents,
-            ranks=trace.ranks[rows, columns],
+            ranks=trace.ranks[rows, columns].astype(np.int64),
         )
         levels.append(level)
         if depth > 1:
@@ -266,7 +264,7 @@ def _observe_children(
         batch,
         depth - 1,
         np.take_along_axis(above.strata, inside, axis=1),
-        np.where(drafted, np.take_along_axis(above.survivals, inside, axis=1), 0),
+        np.where(drafted, np.take_along_axis(above.survivals, inside, axis=1), 0.0),
         children,
     )
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -23,14 +24,21 @@ class Strata:
 
     edges: tuple[tuple[float, ...], ...]
 
+    def cuts(self, depth: int) -> Floats:
+        """[num_cuts] the cut points for paths of ``depth`` tokens."""
+        return self._cuts[min(depth, len(self._cuts)) - 1]
+
+    @cached_property
+    def _cuts(self) -> list[Floats]:
+        return [np.asarray(edges, dtype=np.float64) for edges in self.edges]
+
     def of(
         self,
         depth: int,
         entropies: Floats,  # [...] cumulative entropy of paths of ``depth`` tokens
     ) -> Ints:
         """[...] stratum of each path."""
-        cuts = self.edges[min(depth, len(self.edges)) - 1]
-        return np.searchsorted(np.asarray(cuts, dtype=np.float64), entropies, side="left")
+        return np.searchsorted(self.cuts(depth), entropies, side="left")
 
 
 # Before anything is calibrated: equal steps of the mean entropy per token, up to that of four even choices.

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from heterospec_vllm import level_loops
 from heterospec_vllm.isotonic import isotonic
 from heterospec_vllm.strata import NUM_STRATA
 from heterospec_vllm.tree import Floats, Ints
 
 # Knots over the log path probability; between two of them S is interpolated.
 KNOTS = -np.array([9.0, 7.0, 5.5, 4.3, 3.4, 2.7, 2.1, 1.6, 1.2, 0.85, 0.55, 0.3, 0.12, 0.03, 0.0])
-_WIDTHS = np.diff(KNOTS)
 MAX_DEPTH = 8  # deeper nodes share the last table
 NUM_TEMPERATURES = 2  # 0: greedy, 1: sampled
 SHAPE = (NUM_TEMPERATURES, MAX_DEPTH, NUM_STRATA, KNOTS.size)
@@ -63,24 +63,29 @@ class SurvivalTables:
 
     def predict(self, nodes: NodeFeatures) -> Floats:
         """Survival of each node on its own; use :func:`along_paths` to keep paths non-increasing."""
-        low, weight = _place(nodes.log_probs)
-        depth = np.minimum(nodes.depths, MAX_DEPTH) - 1
-        cell = (nodes.temperatures * MAX_DEPTH + depth) * NUM_STRATA + nodes.strata
-        at = cell * KNOTS.size + low
-        table = self.estimate.reshape(-1)
-        below = table[at]
-        return below + weight * (table[at + 1] - below)
+        flat = level_loops.node_survivals(self.estimate, KNOTS, *_flat(nodes))
+        return flat.reshape(nodes.log_probs.shape)
+
+    def of_level(
+        self,
+        log_probs: Floats,  # [num_reqs, num_candidates] float32, -inf or NaN where absent
+        depth: int,
+        strata: Ints,  # [num_reqs, num_candidates]
+        temperatures: Ints,  # [num_reqs]
+        parent_survivals: Floats,  # [num_reqs, num_candidates] float64
+    ) -> Floats:
+        """[num_reqs, num_candidates] of a draft level, never above the parent's, 0 where absent."""
+        return level_loops.level_survivals(
+            self.estimate, KNOTS, log_probs, depth, strata, temperatures, parent_survivals
+        )
 
     def observe(self, nodes: NodeFeatures, accepted: Floats) -> None:
         """Verified nodes (flat arrays) and whether each was accepted (0 or 1)."""
         if not accepted.size:
             return
-        low, weight = _place(nodes.log_probs)
-        depth = np.minimum(nodes.depths, MAX_DEPTH) - 1
-        for knot, share in ((low, 1.0 - weight), (low + 1, weight)):
-            cell = (nodes.temperatures, depth, nodes.strata, knot)
-            np.add.at(self._trials, cell, share)
-            np.add.at(self._hits, cell, share * accepted)
+        level_loops.count_outcomes(
+            self._hits, self._trials, KNOTS, *_flat(nodes), accepted.astype(np.float64)
+        )
         self._pending += accepted.size
         if self._pending >= self.refresh_every:
             self.refresh()
@@ -151,11 +156,14 @@ def log_loss(probability: Floats, accepted: Floats) -> float:
     return float(-(accepted * np.log(p) + (1 - accepted) * np.log1p(-p)).mean())
 
 
-def _place(log_probs: Floats) -> tuple[Ints, Floats]:
-    """The knot below each value and how far it is on the way to the next, 0 to 1."""
-    x = np.fmin(np.fmax(log_probs, KNOTS[0]), KNOTS[-1])  # NaN becomes the lowest knot
-    low = np.minimum(np.searchsorted(KNOTS, x, side="right") - 1, KNOTS.size - 2)
-    return low, (x - KNOTS[low]) / _WIDTHS[low]
+def _flat(nodes: NodeFeatures) -> tuple[Floats, Ints, Ints, Ints]:
+    """The fields as :mod:`level_loops` takes them."""
+    return (
+        np.ravel(nodes.log_probs).astype(np.float64),
+        np.ravel(nodes.depths).astype(np.int64),
+        np.ravel(nodes.strata).astype(np.int64),
+        np.ravel(nodes.temperatures).astype(np.int64),
+    )
 
 
 def _logit(p: Floats) -> Floats:

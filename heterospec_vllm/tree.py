@@ -19,10 +19,11 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from heterospec_vllm import tree_loops
+from heterospec_vllm.compiled import NO_ROW as NO_ROW
+
 Ints = NDArray[np.int64]
 Floats = NDArray[np.floating]
-
-NO_ROW = -1
 
 
 @dataclass(frozen=True)
@@ -112,24 +113,18 @@ class DraftTrees:
         if width <= 0:
             return cls.empty(num_reqs)
         order = pool.order(width) if order is None else order[:, :width]
-        reqs = np.arange(num_reqs)[:, None]
-        num_nodes = np.minimum(num_nodes, (pool.survivals[reqs, order] > 0).sum(axis=1))
-        row_of = np.full((num_reqs, pool_size + 1), NO_ROW)
-        row_of[:, pool_size] = 0  # parent NO_ROW (= last column) is the root
-        row_of[reqs, order] = np.arange(1, width + 1)
-        beyond = np.arange(width) >= num_nodes[:, None]
-
-        def picked(values, fill):
-            return np.where(beyond, fill, values[reqs, order])
-
-        return cls.from_parents(
-            picked(pool.tokens, NO_ROW),
-            np.where(beyond, NO_ROW, row_of[reqs, pool.parents[reqs, order]]),
-            picked(pool.ranks, 0),
-            num_nodes,
-            log_probs=picked(pool.log_probs, np.float32(0)),
-            survivals=picked(pool.survivals, np.float32(0)),
-            strata=picked(pool.strata, 0),
+        return cls(
+            *tree_loops.cut(
+                pool.tokens,
+                pool.log_probs,
+                np.asarray(pool.survivals, dtype=np.float64),
+                pool.strata,
+                pool.parents,
+                pool.ranks,
+                order,
+                num_nodes,
+                width,
+            )
         )
 
     @classmethod
@@ -164,8 +159,8 @@ class DraftTrees:
             depths,
             ranks,
             num_nodes,
-            zeros if log_probs is None else log_probs,
-            zeros if survivals is None else survivals,
+            zeros if log_probs is None else np.asarray(log_probs, dtype=np.float32),
+            zeros if survivals is None else np.asarray(survivals, dtype=np.float32),
             np.zeros_like(tokens) if strata is None else strata,
         )
 
@@ -175,44 +170,21 @@ class DraftTrees:
         num_nodes: Ints,  # [num_reqs'] nodes kept of each (a prefix)
     ) -> DraftTrees:
         """The trees of some requests, each cut to a prefix (what vLLM's scheduler does to a draft)."""
-        width = int(num_nodes.max(initial=0))
-        beyond = np.arange(width + 1) > num_nodes[:, None]
-        return DraftTrees(
-            tokens=np.where(beyond[:, 1:], NO_ROW, self.tokens[reqs, :width]),
-            parents=np.where(beyond, NO_ROW, self.parents[reqs, : width + 1]),
-            depths=np.where(beyond, 0, self.depths[reqs, : width + 1]),
-            ranks=np.where(beyond, 0, self.ranks[reqs, : width + 1]),
-            num_nodes=num_nodes,
-            log_probs=np.where(beyond[:, 1:], 0, self.log_probs[reqs, :width]),
-            survivals=np.where(beyond[:, 1:], 0, self.survivals[reqs, :width]),
-            strata=np.where(beyond[:, 1:], 0, self.strata[reqs, :width]),
-        )
+        return DraftTrees(*tree_loops.take(*self._fields, reqs, num_nodes))
+
+    @property
+    def _fields(self) -> tuple:
+        return (
+            self.tokens, self.parents, self.depths, self.ranks, self.num_nodes,
+            self.log_probs, self.survivals, self.strata,
+        )  # fmt: skip
 
     def laid_out(self) -> DraftTrees:
         """The same trees with the meta-path in the rows that follow the root, the rest as it was.
 
         The likely accepted path then lies where its keys and values have to end up.
         """
-        width = self.max_nodes
-        if width <= 1:
-            return self
-        place = _meta_path_first(self.parents[:, 1:], self.num_nodes)
-        reqs = np.arange(self.num_reqs)[:, None]
-        # rows moved: translate the parents to the new numbering
-        moved = np.zeros((self.num_reqs, width + 1), dtype=np.int64)
-        moved[reqs, place + 1] = np.arange(1, width + 1)
-        rows = np.concatenate([np.zeros((self.num_reqs, 1), dtype=np.int64), place + 1], axis=1)
-        parents = self.parents[reqs, rows]
-        return DraftTrees(
-            tokens=self.tokens[reqs, place],
-            parents=np.where(parents >= 0, moved[reqs, parents], NO_ROW),
-            depths=self.depths[reqs, rows],
-            ranks=self.ranks[reqs, rows],
-            num_nodes=self.num_nodes,
-            log_probs=self.log_probs[reqs, place],
-            survivals=self.survivals[reqs, place],
-            strata=self.strata[reqs, place],
-        )
+        return DraftTrees(*tree_loops.lay_out(*self._fields))
 
     @classmethod
     def concatenate(cls, batches: list[DraftTrees]) -> DraftTrees:
@@ -239,24 +211,9 @@ class DraftTrees:
             strata=stack("strata", 0, width),
         )
 
-    def path_to_root(self) -> Ints:
-        """[num_reqs, max_nodes + 1, max_depth + 1] each row itself, its parent, ... the root, then NO_ROW."""
-        width = self.max_nodes + 1
-        current = np.where(np.arange(width) <= self.num_nodes[:, None], np.arange(width), NO_ROW)
-        levels = [current]
-        for _ in range(self.max_depth):
-            above = np.take_along_axis(self.parents, np.maximum(current, 0), axis=1)
-            current = np.where(current >= 0, above, NO_ROW)
-            levels.append(current)
-        return np.stack(levels, axis=2)
-
     def ancestor_bitmask(self) -> NDArray[np.uint64]:
         """[num_reqs, max_nodes + 1] bit ``j`` of row ``r``: row ``r`` sees row ``j`` (itself and its ancestors)."""
-        path = self.path_to_root()
-        bits = np.where(
-            path >= 0, np.uint64(1) << np.maximum(path, 0).astype(np.uint64), np.uint64(0)
-        )
-        return np.bitwise_or.reduce(bits, axis=2)
+        return tree_loops.ancestors(self.parents, self.num_nodes)
 
     def children_matching(
         self,
@@ -265,11 +222,7 @@ class DraftTrees:
         tokens: Ints,  # [num_active] token that the target emitted there
     ) -> Ints:
         """[num_active] the child row that carries the token, NO_ROW where there is none."""
-        if self.max_nodes == 0:
-            return np.full(reqs.shape, NO_ROW)
-        match = (self.parents[reqs, 1:] == rows[:, None]) & (self.tokens[reqs] == tokens[:, None])
-        child = match.argmax(axis=1)
-        return np.where(match[np.arange(reqs.size), child], child + 1, NO_ROW)
+        return tree_loops.children_matching(self.parents, self.tokens, reqs, rows, tokens)
 
     def check(self) -> None:
         """Assert every invariant of the module's docstring (tests and debugging; not on the hot path)."""
@@ -284,27 +237,3 @@ class DraftTrees:
                 assert depths[row] == depths[parents[row]] + 1
             children = list(zip(parents[1 : n + 1], self.tokens[req, :n], strict=True))
             assert len(set(children)) == n
-
-
-def _meta_path_first(
-    parents: Ints,  # [num_reqs, width] parent row of each node, nodes by falling score, NO_ROW beyond num_nodes
-    num_nodes: Ints,  # [num_reqs]
-) -> Ints:
-    """[num_reqs, width] the old node index at each new place: meta-path, then the rest by falling score.
-
-    Parents stay in front: a node off the path hangs from the path or from a better-scored node.
-    """
-    num_reqs, width = parents.shape
-    key = np.broadcast_to(np.arange(width, 2 * width), parents.shape).copy()
-    reqs = np.arange(num_reqs)
-    current = np.zeros(num_reqs, dtype=np.int64)
-    alive = num_nodes > 0
-    for depth in range(width):
-        match = (parents == current[:, None]) & alive[:, None]
-        first = match.argmax(axis=1)
-        alive = match[reqs, first]
-        if not alive.any():
-            break
-        key[reqs[alive], first[alive]] = depth
-        current = first + 1
-    return np.argsort(key, axis=1, kind="stable")

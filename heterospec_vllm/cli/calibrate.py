@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from heterospec_vllm.cli.engine import in_process_llm
+from heterospec_vllm.cli.engine import EnforceEager, in_process_llm
 from heterospec_vllm.cli.sizes import sizes_of
 from heterospec_vllm.prompts import BUILT_IN, chat_token_ids, texts_of
 
@@ -60,6 +60,7 @@ def calibrate(
     picture: Annotated[
         Path | None, typer.Option(help="Reliability diagram (PNG). [default: beside the profile]")
     ] = None,
+    enforce_eager: EnforceEager = False,
 ) -> None:
     """Trace the pair over some prompts, time its steps, and write what was learned as a profile.
 
@@ -88,6 +89,7 @@ def calibrate(
         dtype=dtype,
         max_model_len=max_model_len,
         max_num_seqs=max(batch, *sizes),
+        enforce_eager=enforce_eager,
     )
     ids = chat_token_ids(llm.get_tokenizer(), texts, max_model_len - tokens - 1)
     recorded = _trace(llm, ids, tokens, batch, sampled)

@@ -4,7 +4,17 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Annotated, Any
+
+import typer
+
+EnforceEager = Annotated[
+    bool,
+    typer.Option(
+        "--enforce-eager",
+        help="Start in seconds, without compiling the model; steps are slower.",
+    ),
+]
 
 
 def in_process_llm(
@@ -15,6 +25,7 @@ def in_process_llm(
     max_model_len: int,
     max_num_seqs: int,
     kv_cache_gib: int = 2,  # vLLM would claim most of the memory
+    enforce_eager: bool = False,
 ) -> Any:
     """vLLM's `LLM`. Sets environment variables of vLLM; what the user has set stays."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -27,5 +38,6 @@ def in_process_llm(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         enable_prefix_caching=False,
+        enforce_eager=enforce_eager,
         speculative_config={"method": "heterospec", **speculative_config},
     )

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
 
-from heterospec_vllm.cli.engine import in_process_llm
+from heterospec_vllm.cli.engine import EnforceEager, in_process_llm
 
 STYLES = {
     "accepted": "bold green",
@@ -37,6 +37,7 @@ def explain(
     ] = 64,
     svg: Annotated[Path | None, typer.Option(help="Write the drawing here, too.")] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    enforce_eager: EnforceEager = False,
 ) -> None:
     """Answer one prompt and draw each step's tree.
 
@@ -58,7 +59,13 @@ def explain(
         "profile": None if profile is None else str(profile),
     }
     llm = in_process_llm(
-        target, config, dtype=dtype, max_model_len=2048, max_num_seqs=2, kv_cache_gib=1
+        target,
+        config,
+        dtype=dtype,
+        max_model_len=2048,
+        max_num_seqs=2,
+        kv_cache_gib=1,
+        enforce_eager=enforce_eager,
     )
     message = [{"role": "user", "content": prompt}]
     if warm_up:

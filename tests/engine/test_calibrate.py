@@ -44,7 +44,7 @@ def calibrated(target: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("calibrated")
     _heterospec(
         "calibrate", "--target", target, "--head", HEAD, "--tokens", "24", "--depth", "2",
-        "--top-k", "4", "--timed-batches", "1,4", "--max-model-len", "512",
+        "--top-k", "4", "--timed-batches", "1,4", "--max-model-len", "512", "--enforce-eager",
         "--output", str(folder / "profile.json"), "--trace", str(folder / "trace.npz"),
     )  # fmt: skip
     return folder
@@ -84,7 +84,7 @@ def test_explain_draws_accepted_and_rejected_nodes(target: str, tmp_path: Path) 
     out = _heterospec(
         "explain", "Why is the sky blue?", "--target", target, "--head", HEAD,
         "--policy", "static", "--nodes", "6", "--depth", "2", "--top-k", "4",
-        "--tokens", "12", "--warm-up", "0", "--svg", str(tmp_path / "steps.svg"),
+        "--tokens", "12", "--warm-up", "0", "--enforce-eager", "--svg", str(tmp_path / "steps.svg"),
     )  # fmt: skip
     assert "step 1:" in out and "stratum" in out and "nodes verified" in out
     assert "<svg" in (tmp_path / "steps.svg").read_text()

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the loops of ``level_loops.py`` and ``tree_loops.py`` are compiled.
+
+A draft level has tens of numbers, and thirty numpy calls on them cost more than the head's matrices. So what the step
+does to nodes one by one is written as loops and compiled by numba (which vLLM itself needs) for fixed types when the
+module is imported: about ten seconds the first time on a machine, then read from numba's cache on disk.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite.binding import ffi
+from numba import njit
+
+NO_ROW = -1  # no parent, no row, padding
+
+
+def compiled(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Compiles a function for the types of numba's ``signature``; a call with others is a TypeError."""
+    return njit(signature, cache=True, error_model="numpy")
+
+
+def _let_vllm_look_at_llvmlite() -> None:
+    """Wraps ``llvmlite.binding.ffi._lib_wrapper.__getattr__``: names that begin with two underscores are not functions.
+
+    Why: at the start of a CPU engine vLLM 0.32 reads ``vars()`` of everything in every loaded module
+    (``triton_utils.dispatcher._rebind_kernels``), llvmlite's library answers any name with a C function, and vLLM
+    fails on it (``'_lib_fn_wrapper' object has no attribute 'get'``) once numba has been imported.
+    Remove when: vLLM's scan passes by what it cannot read, or llvmlite refuses such names.
+    """
+    owner = type(ffi.lib)
+    original = owner.__getattr__
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def without_dunders(self: Any, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return original(self, name)
+
+    owner.__getattr__ = without_dunders
+
+
+_let_vllm_look_at_llvmlite()

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiled loops against the same thing said in numpy, on ragged, empty, padded and NaN-poisoned input."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from heterospec_vllm import level_loops, tree_loops
+from heterospec_vllm.compiled import NO_ROW
+from heterospec_vllm.survival import KNOTS, NodeFeatures, SurvivalTables, along_paths
+from heterospec_vllm.tree import DraftTrees
+
+few = settings(max_examples=40, deadline=None)
+seeds = st.integers(0, 2**32 - 1)
+
+
+def random_trees(rng: np.random.Generator, num_reqs: int, width: int) -> DraftTrees:
+    """Parents first, distinct tokens, survivals that fall."""
+    num_nodes = rng.integers(0, width + 1, num_reqs)
+    real = np.arange(width) < num_nodes[:, None]
+    parents = np.array(
+        [[rng.integers(0, row + 1) for row in range(width)] for _ in range(num_reqs)]
+    )
+    parents = parents.reshape(num_reqs, width).astype(np.int64)
+    tokens = np.argsort(rng.random((num_reqs, width)), axis=1)
+    return DraftTrees.from_parents(
+        np.where(real, tokens, NO_ROW),
+        np.where(real, parents, NO_ROW),
+        np.where(real, rng.integers(0, 3, (num_reqs, width)), 0),
+        num_nodes,
+        log_probs=np.where(real, -rng.random((num_reqs, width)), 0),
+        survivals=np.where(real, -np.sort(-rng.random((num_reqs, width)), axis=1), 0),
+        strata=np.where(real, rng.integers(0, 8, (num_reqs, width)), 0),
+    )
+
+
+@few
+@given(seeds, st.integers(1, 4), st.integers(1, 5), st.integers(1, 6))
+def test_children(seed: int, num_reqs: int, width: int, top_k: int) -> None:
+    rng = np.random.default_rng(seed)
+    real = rng.random((num_reqs, width)) < 0.7
+    rows = np.where(real, np.cumsum(real.ravel()).reshape(real.shape) - 1, NO_ROW)
+    num_rows = max(1, int(real.sum()))
+    local = np.log(rng.dirichlet(np.full(top_k + 1, 0.5), num_rows)[:, :top_k]).astype(np.float32)
+    local[rng.random(local.shape) < 0.1] = -np.inf
+    tokens = rng.integers(0, 99, (num_rows, top_k))
+    columns = rng.integers(-1, 9, (num_reqs, width))
+    log_probs = -rng.random((num_reqs, width)).astype(np.float32)
+    entropies = rng.random((num_reqs, width)).astype(np.float32)
+    survivals = rng.random((num_reqs, width))
+    edges = np.array([0.3, 0.9, 1.5])
+    got = level_loops.children(columns, log_probs, entropies, survivals, rows, tokens, local, edges)
+    got = [values.reshape(num_reqs, width, top_k) for values in got]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        p = np.exp(local - np.maximum(local.max(axis=1, keepdims=True), -1e30))
+        p = np.where(np.isfinite(local), p, 0.0)
+        p /= np.maximum(p.sum(axis=1, keepdims=True), 1e-30)
+        own = -np.where(p > 0, p * np.log(p), 0.0).sum(axis=1)
+    for req, place in np.argwhere(real):
+        row = rows[req, place]
+        np.testing.assert_array_equal(got[0][req, place], tokens[row])
+        np.testing.assert_allclose(got[1][req, place], log_probs[req, place] + local[row])
+        np.testing.assert_allclose(got[2][req, place], entropies[req, place] + own[row], atol=1e-6)
+        expected = np.searchsorted(edges, got[2][req, place], side="left")
+        np.testing.assert_array_equal(got[3][req, place], expected)
+    assert (got[1][~real] == -np.inf).all()
+    np.testing.assert_array_equal(got[4], np.broadcast_to(columns[..., None], got[4].shape))
+    np.testing.assert_array_equal(got[5], np.broadcast_to(np.arange(top_k), got[5].shape))
+    np.testing.assert_array_equal(got[6], np.broadcast_to(survivals[..., None], got[6].shape))
+
+
+@few
+@given(seeds)
+def test_a_level_survives_as_its_nodes_do(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    tables = SurvivalTables()
+    shape = (3, 7)
+    log_probs = -10 * rng.random(shape).astype(np.float32)
+    log_probs[rng.random(shape) < 0.2] = np.nan
+    log_probs[rng.random(shape) < 0.2] = -np.inf
+    strata, temperatures = rng.integers(0, 8, shape), rng.integers(0, 2, 3)
+    parents, depth = rng.random(shape), int(rng.integers(1, 12))
+    got = tables.of_level(log_probs, depth, strata, temperatures, parents)
+    own = tables.predict(
+        NodeFeatures(
+            log_probs,
+            np.full(shape, depth),
+            strata,
+            np.repeat(temperatures[:, None], shape[1], axis=1),
+        )
+    )
+    absent = ~(log_probs > -np.inf)
+    np.testing.assert_array_equal(got, np.where(absent, 0.0, along_paths(own, parents)))
+    x = np.clip(np.nan_to_num(log_probs, nan=KNOTS[0]), KNOTS[0], KNOTS[-1])
+    for at in np.ndindex(*shape):
+        cell = tables.estimate[temperatures[at[0]], min(depth, 8) - 1, strata[at]]
+        np.testing.assert_allclose(own[at], np.interp(x[at], KNOTS, cell), atol=1e-9)
+
+
+@few
+@given(seeds, st.integers(1, 5), st.integers(1, 4), st.integers(1, 5))
+def test_frontier(seed: int, num_reqs: int, width: int, top_k: int) -> None:
+    rng = np.random.default_rng(seed)
+    chosen = rng.random((num_reqs, width * top_k)) < 0.4
+    rows = rng.integers(0, 50, (num_reqs, width))
+    tokens = rng.integers(0, 99, chosen.shape)
+    slots, own, reqs, parents, node_tokens, start = level_loops.frontier(chosen, rows, tokens)
+    at = np.argwhere(chosen)
+    np.testing.assert_array_equal(reqs, at[:, 0])
+    np.testing.assert_array_equal(parents, rows[at[:, 0], at[:, 1] // top_k])
+    np.testing.assert_array_equal(node_tokens, tokens[chosen])
+    np.testing.assert_array_equal(np.diff(start), chosen.sum(axis=1))
+    assert slots.shape[1] == chosen.sum(axis=1).max()
+    np.testing.assert_array_equal(slots[slots != NO_ROW], at[:, 1])
+    np.testing.assert_array_equal(own[slots != NO_ROW], np.arange(len(at)))
+
+
+@few
+@given(seeds)
+def test_children_inherit_by_the_weight_of_their_parents(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    continuation = rng.random((2, 9, 8, 3))
+    before = continuation.copy()
+    temperatures = rng.integers(0, 2, 2)
+    strata, survivals = rng.integers(0, 8, (2, 4)), rng.random((2, 4))
+    survivals[0, 1] = 0
+    children = rng.random((2, 4, 3)) * survivals[..., None]
+    level_loops.inherit(continuation, temperatures, 2, strata, survivals, children)
+    expected = before.copy()
+    for t in range(2):
+        for s in range(8):
+            parents = (temperatures[:, None] == t) & (strata == s) & (survivals > 0)
+            weight = 0.1 * survivals[parents]
+            if weight.size:
+                share = children[parents] / survivals[parents][:, None]
+                mean = (weight[:, None] * share).sum(axis=0) / weight.sum()
+                expected[t, 2, s] += min(weight.sum(), 0.5) * (mean - before[t, 2, s])
+    np.testing.assert_allclose(continuation, expected, atol=1e-12)
+
+
+@few
+@given(seeds, st.integers(1, 5), st.integers(0, 9))
+def test_trees(seed: int, num_reqs: int, width: int) -> None:
+    """Taking, laying out, masks and matching on random trees."""
+    rng = np.random.default_rng(seed)
+    trees = random_trees(rng, num_reqs, width)
+    reqs = rng.integers(0, num_reqs, 3)
+    keep = np.minimum(trees.num_nodes[reqs], rng.integers(0, 10, 3))
+    taken = trees.take(reqs, keep)
+    taken.check()
+    laid = trees.laid_out()
+    laid.check()
+    for req in range(num_reqs):
+        count = trees.num_nodes[req]
+        assert sorted(laid.tokens[req, :count]) == sorted(trees.tokens[req, :count])
+        mask = laid.ancestor_bitmask()[req]
+        for row in range(count + 1):
+            path, at = {row}, row
+            while at:
+                at = laid.parents[req, at]
+                path.add(at)
+            assert {j for j in range(64) if int(mask[row]) >> j & 1} == path
+        assert (mask[count + 1 :] == 0).all()
+        for row in range(1, count + 1):
+            token = laid.tokens[req, [row - 1]]
+            found = laid.children_matching(np.array([req]), laid.parents[req, [row]], token)
+            assert found[0] == row
+        assert laid.children_matching(np.array([req]), np.array([0]), np.array([-7]))[0] == NO_ROW
+
+
+@few
+@given(seeds, st.integers(1, 4), st.integers(0, 9))
+def test_outcomes_and_tally(seed: int, num_reqs: int, width: int) -> None:
+    rng = np.random.default_rng(seed)
+    trees = random_trees(rng, num_reqs, width).laid_out()
+    visited = np.full((num_reqs, trees.max_depth + 1), NO_ROW)
+    visited[:, 0] = 0
+    for req in range(num_reqs):  # some path from the root
+        for depth in range(1, trees.max_depth + 1):
+            below = np.flatnonzero(trees.parents[req] == visited[req, depth - 1])
+            if not below.size or rng.random() < 0.3:
+                break
+            visited[req, depth] = rng.choice(below)
+    temperatures = rng.integers(0, 2, num_reqs)
+    found = tree_loops.outcomes(
+        trees.log_probs, trees.depths, trees.strata, trees.num_nodes, visited, temperatures
+    )
+    real = np.arange(trees.max_nodes) < trees.num_nodes[:, None]
+    hit = np.zeros((num_reqs, trees.max_nodes + 1))
+    np.put_along_axis(hit, np.maximum(visited, 0), 1.0, axis=1)
+    expected = (
+        trees.log_probs[real],
+        trees.depths[:, 1:][real],
+        trees.strata[real],
+        np.repeat(temperatures, trees.num_nodes),
+        hit[:, 1:][real],
+    )
+    for got, want in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(got, want)
+    by_stratum, by_depth, others, num_trees, branches = tree_loops.tally(
+        trees.parents, trees.depths, trees.ranks, trees.num_nodes, trees.strata, visited, 8
+    )
+    np.testing.assert_array_equal(by_stratum[0], np.bincount(trees.strata[real], minlength=8))
+    assert by_stratum[1].sum() == num_trees == (trees.num_nodes > 0).sum()
+    assert by_stratum[2].sum() == trees.depths.max(axis=1).sum()
+    assert by_depth.sum() == (visited > 0).sum()
+    ranks = np.take_along_axis(trees.ranks, np.maximum(visited, 0), axis=1)
+    assert others == ((visited > 0) & (ranks > 0)).sum()
+    assert branches == bool((~trees.is_chain).any())
+
+
+def test_other_types_are_refused() -> None:
+    """An argument of another type would be compiled for in the middle of a step."""
+    with pytest.raises(TypeError):
+        tree_loops.ancestors(np.zeros((1, 2), np.int32), np.zeros(1, np.int64))
+
+
+def test_vllm_can_look_at_every_module_beside_numba() -> None:
+    """Wrapped target: see compiled.py. Without the wrap no CPU engine starts after numba was imported."""
+    from llvmlite.binding import ffi
+    from vllm.triton_utils.dispatcher import _rebind_kernels
+
+    assert not hasattr(ffi.lib, "__dict__")
+    assert callable(ffi.lib.LLVMPY_GetVersionInfo)
+    assert hasattr(type(ffi.lib).__getattr__, "__wrapped__")
+    _rebind_kernels([(object(), object())])  # type: ignore[list-item]
