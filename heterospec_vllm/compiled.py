@@ -20,7 +20,14 @@ NO_ROW = -1  # no parent, no row, padding
 
 def compiled(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Compiles a function for the types of numba's ``signature``; a call with others is a TypeError."""
-    return njit(signature, cache=True, error_model="numpy")
+
+    def compile_now(function: Callable[..., Any]) -> Callable[..., Any]:
+        try:
+            return njit(signature, cache=True, error_model="numpy")(function)
+        except RuntimeError:  # nowhere to keep it: neither beside the source nor in the user's cache
+            return njit(signature, error_model="numpy")(function)
+
+    return compile_now
 
 
 def _let_vllm_look_at_llvmlite() -> None:
