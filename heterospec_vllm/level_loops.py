@@ -84,7 +84,7 @@ def children(
             stratum = 0
             if row >= 0:
                 entropy = np.float32(entropies[req, place] + _entropy(local[row]))
-                stratum = np.searchsorted(edges, entropy)
+                stratum = int(np.searchsorted(edges, entropy))
             for rank in range(top_k):
                 at = place * top_k + rank
                 if row >= 0:

@@ -20,6 +20,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -46,10 +47,15 @@ class TracePolicy(DraftPolicy):
 
 
 class CostRecorder(DraftPolicy):
-    """A fixed tree that notes what everything costs, for the cost tables of a profile."""
+    """Drafts fixed trees in turns, a step each, and notes what everything costs, for the cost tables of a profile.
 
-    def __init__(self, shape: TreeShape) -> None:
-        super().__init__(shape)
+    Steps of different trees lie side by side, so a machine that is slower for a while is slower for all of them.
+    """
+
+    def __init__(self, shapes: list[TreeShape | None]) -> None:
+        """``shapes``: None is a step of plain decoding."""
+        super().__init__(next((shape for shape in shapes if shape), TreeShape(1, 1, 1)))
+        self._turns = cycle(shapes)
         self.steps: list[tuple[int, int, float, float]] = []  # tokens, requests, context, seconds
         self.first_passes: list[tuple[int, float]] = []  # tokens, seconds
         self.levels: list[tuple[int, float]] = []  # nodes expanded, seconds
@@ -63,16 +69,16 @@ class CostRecorder(DraftPolicy):
     def observe_level(self, num_rows: int, seconds: float) -> None:
         self.levels.append((num_rows, seconds))
 
+    def scope(self, num_reqs: int, context: float) -> Scope:
+        shape = next(self._turns)
+        if shape is None:
+            return "pause"
+        self.shape, self.max_depth = shape, shape.max_depth
+        return "all"
+
     def samples(self) -> dict[str, list]:
         """What was noted, for the RPC."""
         return {"steps": self.steps, "first_passes": self.first_passes, "levels": self.levels}
-
-
-class PlainCostRecorder(CostRecorder):
-    """The same without drafting."""
-
-    def scope(self, num_reqs: int, context: float) -> Scope:
-        return "none"
 
 
 @dataclass

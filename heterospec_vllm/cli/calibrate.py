@@ -95,7 +95,7 @@ def calibrate(
     recorded = _trace(llm, ids, tokens, batch, sampled)
     if trace is not None:
         recorded.save(trace)
-    samples = _time_steps(llm, ids, sizes)
+    samples = _time_steps(llm, ids, sizes, 2 * tokens)
 
     from heterospec_vllm import calibration
     from heterospec_vllm.simulate import Replay
@@ -157,22 +157,23 @@ def _trace(llm: Any, ids: list[list[int]], tokens: int, batch: int, sampled: boo
     )
 
 
-def _time_steps(llm: Any, ids: list[list[int]], sizes: list[int]) -> list[dict[str, list]]:
+def _time_steps(
+    llm: Any, ids: list[list[int]], sizes: list[int], tokens_at_most: int
+) -> list[dict[str, list]]:
     """What steps cost, over batch sizes, trees and contexts."""
     from vllm import SamplingParams
 
-    plans = [
-        (size, tree) for size in sizes for tree in TREES if size * (1 + tree[0]) <= MOST_TOKENS
-    ]
     samples = []
-    for size, (nodes, depth, top_k) in track(plans, description="timing "):
+    for size in track(sizes, description="timing "):
+        trees = [tree for tree in TREES if size * (1 + tree[0]) <= MOST_TOKENS]
         # Small batches keep their contexts, so that what a context costs can be told apart.
         longest = 1024 if size <= 8 else 48
         part = [{"prompt_token_ids": one[:longest]} for one in islice(cycle(ids), size)]
-        tokens = 64 if size <= 2 else 24  # a request alone makes few steps
+        # A step yields less than two tokens on average: some ten steps of every tree.
+        tokens = min(tokens_at_most, (200 if size <= 4 else 100))
         params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
         time.sleep(0.2)
-        llm.collective_rpc("heterospec_record_costs", args=(nodes, depth, top_k))
+        llm.collective_rpc("heterospec_record_costs", args=(trees,))
         llm.generate(part, params, use_tqdm=False)
         samples.append(llm.collective_rpc("heterospec_recorded_costs")[0])
     return samples

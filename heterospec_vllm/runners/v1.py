@@ -49,7 +49,6 @@ from heterospec_vllm.scorer import TreeScorer
 from heterospec_vllm.timing import CLOCK
 from heterospec_vllm.trace import (
     CostRecorder,
-    PlainCostRecorder,
     TracePolicy,
     TraceRecorder,
 )
@@ -142,10 +141,10 @@ class HeteroSpecCPUModelRunner(CPUModelRunner):
         self.start_policy()
         return None if recorder is None else recorder.arrays()
 
-    def record_costs(self, num_nodes: int, max_depth: int = 1, top_k: int = 1) -> None:
-        """Draft trees of fixed bounds (0 nodes: none) and note what everything costs."""
-        shape = TreeShape(max(1, num_nodes), max_depth, top_k)
-        self.controller.policy = CostRecorder(shape) if num_nodes else PlainCostRecorder(shape)
+    def record_costs(self, trees: list[tuple[int, int, int]]) -> None:
+        """Draft trees of fixed (nodes, depth, top_k) in turns, 0 nodes for none, and note what everything costs."""
+        shapes = [TreeShape(*tree) if tree[0] else None for tree in trees]
+        self.controller.policy = CostRecorder(shapes)
 
     def recorded_costs(self) -> dict[str, list] | None:
         """What was noted since :meth:`record_costs`; the configured policy is back afterwards."""

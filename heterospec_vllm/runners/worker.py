@@ -63,9 +63,9 @@ class HeteroSpecCPUWorker(cpu_worker.CPUWorker):
         )
         return None if recorder is None else recorder.steps
 
-    def heterospec_record_costs(self, num_nodes: int, max_depth: int = 1, top_k: int = 1) -> None:
-        """Draft trees of fixed bounds and note what every step, head pass and draft level costs."""
-        self.model_runner.record_costs(num_nodes, max_depth, top_k)
+    def heterospec_record_costs(self, trees: list[tuple[int, int, int]]) -> None:
+        """Time fixed trees (nodes, depth, top_k) in turns, 0 nodes for plain decoding."""
+        self.model_runner.record_costs(trees)
 
     def heterospec_recorded_costs(self) -> dict[str, list] | None:
         """The noted costs; the configured policy is back afterwards."""

@@ -12,7 +12,6 @@ from fake_drafter import batch_of, depths_of, draft
 from heterospec_vllm.policy import TreeShape
 from heterospec_vllm.trace import (
     CostRecorder,
-    PlainCostRecorder,
     Trace,
     TracePolicy,
     TraceRecorder,
@@ -161,11 +160,11 @@ def test_the_policy_of_a_trace_drafts_all_and_verifies_nothing() -> None:
 
 
 def test_cost_recorders_note_every_time() -> None:
-    policy = CostRecorder(TreeShape(4, 2, 2))
+    policy = CostRecorder([TreeShape(4, 2, 2), None, TreeShape(1, 1, 1)])
     policy.observe_step(5, 2, 100.0, 0.1)
     policy.observe_first_pass(3, 0.2)
     policy.observe_level(4, 0.3)
     expected = {"steps": [(5, 2, 100.0, 0.1)], "first_passes": [(3, 0.2)], "levels": [(4, 0.3)]}
     assert policy.samples() == expected
-    assert policy.scope(1, 0.0) == "all"
-    assert PlainCostRecorder(TreeShape(1, 1, 1)).scope(1, 0.0) == "none"
+    turns = [(policy.scope(1, 0.0), policy.shape.num_nodes, policy.max_depth) for _ in range(4)]
+    assert turns == [("all", 4, 2), ("pause", 4, 2), ("all", 1, 1), ("all", 4, 2)]
