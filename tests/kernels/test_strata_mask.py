@@ -253,7 +253,7 @@ def test_equals_the_host(device: torch.device) -> None:
         tokens=np.arange(log_probs.size).reshape(log_probs.shape),
         log_probs=log_probs,
         survivals=columns["survivals"],
-        strata=strata,
+        strata=strata.astype(np.int64),
         entropies=columns["path_entropies"],
         parents=parents.astype(np.int64),
         ranks=np.zeros(log_probs.shape, dtype=np.int64),
