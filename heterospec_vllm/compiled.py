@@ -24,9 +24,8 @@ def compiled(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any
     def compile_now(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return njit(signature, cache=True, error_model="numpy")(function)
-        except (
-            RuntimeError
-        ):  # nowhere to keep it: neither beside the source nor in the user's cache
+        except RuntimeError:
+            # Nowhere to keep it: neither beside the source nor in the user's cache.
             return njit(signature, error_model="numpy")(function)
 
     return compile_now

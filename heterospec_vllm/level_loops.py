@@ -41,13 +41,19 @@ def entropies(log_probs):
     return out
 
 
-@compiled("f8(f8[:,:,:,:], f8[:], f8, i8, i8, i8)")
-def _survival(table, knots, log_prob, depth, stratum, temperature):
-    """Linear between the knots around a log path probability; NaN counts as the lowest."""
+@compiled("Tuple((i8, f8))(f8[:], f8)")
+def _place(knots, log_prob):
+    """The knot below a log path probability and how far it is on the way to the next; NaN counts as the lowest."""
     last = knots.size - 1
     x = knots[0] if math.isnan(log_prob) else min(max(log_prob, knots[0]), knots[last])
     low = min(np.searchsorted(knots, x, side="right") - 1, last - 1)
-    share = (x - knots[low]) / (knots[low + 1] - knots[low])
+    return low, (x - knots[low]) / (knots[low + 1] - knots[low])
+
+
+@compiled("f8(f8[:,:,:,:], f8[:], f8, i8, i8, i8)")
+def _survival(table, knots, log_prob, depth, stratum, temperature):
+    """Linear between the knots around a log path probability."""
+    low, share = _place(knots, log_prob)
     cell = table[temperature, min(depth, table.shape[1]) - 1, stratum]
     return cell[low] + share * (cell[low + 1] - cell[low])
 
@@ -148,12 +154,8 @@ def count_outcomes(
     accepted,
 ):
     """Shares every outcome among the two knots around it."""
-    last = knots.size - 1
     for i in range(accepted.size):
-        value = log_probs[i]
-        x = knots[0] if math.isnan(value) else min(max(value, knots[0]), knots[last])
-        low = min(np.searchsorted(knots, x, side="right") - 1, last - 1)
-        share = (x - knots[low]) / (knots[low + 1] - knots[low])
+        low, share = _place(knots, log_probs[i])
         depth = min(depths[i], hits.shape[1]) - 1
         for knot, part in ((low, 1.0 - share), (low + 1, share)):
             trials[temperatures[i], depth, strata[i], knot] += part

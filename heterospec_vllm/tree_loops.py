@@ -15,6 +15,21 @@ _TREES = (
 )
 
 
+@compiled(_TREES + "(i8, i8)")
+def _empty_trees(num_reqs, width):
+    """The fields of ``DraftTrees`` without a node."""
+    return (
+        np.full((num_reqs, width), NO_ROW, np.int64),
+        np.full((num_reqs, width + 1), NO_ROW, np.int64),
+        np.zeros((num_reqs, width + 1), np.int64),
+        np.zeros((num_reqs, width + 1), np.int64),
+        np.zeros(num_reqs, np.int64),
+        np.zeros((num_reqs, width), np.float32),
+        np.zeros((num_reqs, width), np.float32),
+        np.zeros((num_reqs, width), np.int64),
+    )
+
+
 @compiled(_TREES + "(i8[:,:], f4[:,:], f8[:,:], i8[:,:], i8[:,:], i8[:,:], i8[:,:], i8[:], i8)")
 def cut(
     tokens,  # [num_reqs, pool_size], likewise the next five
@@ -29,14 +44,9 @@ def cut(
 ):
     """The fields of ``DraftTrees`` cut out of a pool; nodes without a survival end a tree."""
     num_reqs, pool_size = tokens.shape
-    out_tokens = np.full((num_reqs, width), NO_ROW, np.int64)
-    out_parents = np.full((num_reqs, width + 1), NO_ROW, np.int64)
-    out_depths = np.zeros((num_reqs, width + 1), np.int64)
-    out_ranks = np.zeros((num_reqs, width + 1), np.int64)
-    out_log_probs = np.zeros((num_reqs, width), np.float32)
-    out_survivals = np.zeros((num_reqs, width), np.float32)
-    out_strata = np.zeros((num_reqs, width), np.int64)
-    num_nodes = np.zeros(num_reqs, np.int64)
+    trees = _empty_trees(num_reqs, width)
+    out_tokens, out_parents, out_depths, out_ranks, out_num_nodes = trees[:5]
+    out_log_probs, out_survivals, out_strata = trees[5:]
     row_of = np.empty(pool_size, np.int64)
     for req in range(num_reqs):
         row_of[:] = NO_ROW
@@ -44,7 +54,7 @@ def cut(
         for place in range(width):
             present += survivals[req, order[req, place]] > 0.0
         count = min(limits[req], present)
-        num_nodes[req] = count
+        out_num_nodes[req] = count
         for place in range(count):
             column = order[req, place]
             row_of[column] = place + 1
@@ -57,16 +67,7 @@ def cut(
             out_log_probs[req, place] = log_probs[req, column]
             out_survivals[req, place] = survivals[req, column]
             out_strata[req, place] = strata[req, column]
-    return (
-        out_tokens,
-        out_parents,
-        out_depths,
-        out_ranks,
-        num_nodes,
-        out_log_probs,
-        out_survivals,
-        out_strata,
-    )
+    return trees
 
 
 _FIELDS = "i8[:,:], i8[:,:], i8[:,:], i8[:,:], i8[:], f4[:,:], f4[:,:], i8[:,:]"
@@ -90,15 +91,12 @@ def take(
     width = 0
     for i in range(count):
         width = max(width, num_nodes[i])
-    out_tokens = np.full((count, width), NO_ROW, np.int64)
-    out_parents = np.full((count, width + 1), NO_ROW, np.int64)
-    out_depths = np.zeros((count, width + 1), np.int64)
-    out_ranks = np.zeros((count, width + 1), np.int64)
-    out_log_probs = np.zeros((count, width), np.float32)
-    out_survivals = np.zeros((count, width), np.float32)
-    out_strata = np.zeros((count, width), np.int64)
+    trees = _empty_trees(count, width)
+    out_tokens, out_parents, out_depths, out_ranks, out_num_nodes = trees[:5]
+    out_log_probs, out_survivals, out_strata = trees[5:]
     for i in range(count):
         req = reqs[i]
+        out_num_nodes[i] = num_nodes[i]
         for place in range(num_nodes[i]):
             out_tokens[i, place] = tokens[req, place]
             out_parents[i, place + 1] = parents[req, place + 1]
@@ -107,32 +105,19 @@ def take(
             out_log_probs[i, place] = log_probs[req, place]
             out_survivals[i, place] = survivals[req, place]
             out_strata[i, place] = strata[req, place]
-    return (
-        out_tokens,
-        out_parents,
-        out_depths,
-        out_ranks,
-        num_nodes.copy(),
-        out_log_probs,
-        out_survivals,
-        out_strata,
-    )
+    return trees
 
 
 @compiled(f"{_TREES}({_FIELDS})")
 def lay_out(tokens, parents, depths, ranks, num_nodes, log_probs, survivals, strata):
     """The same trees with the meta-path in the rows that follow the root, the rest in the order it was."""
     num_reqs, width = tokens.shape
-    out_tokens = np.full((num_reqs, width), NO_ROW, np.int64)
-    out_parents = np.full((num_reqs, width + 1), NO_ROW, np.int64)
-    out_depths = np.zeros((num_reqs, width + 1), np.int64)
-    out_ranks = np.zeros((num_reqs, width + 1), np.int64)
-    out_log_probs = np.zeros((num_reqs, width), np.float32)
-    out_survivals = np.zeros((num_reqs, width), np.float32)
-    out_strata = np.zeros((num_reqs, width), np.int64)
+    trees = _empty_trees(num_reqs, width)
+    out_tokens, out_parents, out_depths, out_ranks, out_num_nodes = trees[:5]
+    out_log_probs, out_survivals, out_strata = trees[5:]
     new_row = np.zeros(width + 1, np.int64)
     for req in range(num_reqs):
-        count = num_nodes[req]
+        count = out_num_nodes[req] = num_nodes[req]
         new_row[:] = 0
         current = next_row = 0
         for row in range(1, count + 1):  # a parent comes first, so its best child follows later
@@ -153,16 +138,7 @@ def lay_out(tokens, parents, depths, ranks, num_nodes, log_probs, survivals, str
             out_log_probs[req, to - 1] = log_probs[req, row - 1]
             out_survivals[req, to - 1] = survivals[req, row - 1]
             out_strata[req, to - 1] = strata[req, row - 1]
-    return (
-        out_tokens,
-        out_parents,
-        out_depths,
-        out_ranks,
-        num_nodes.copy(),
-        out_log_probs,
-        out_survivals,
-        out_strata,
-    )
+    return trees
 
 
 @compiled("u8[:,::1](i8[:,:], i8[:])")

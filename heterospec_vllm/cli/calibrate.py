@@ -170,7 +170,7 @@ def _time_steps(
         longest = 1024 if size <= 8 else 48
         part = [{"prompt_token_ids": one[:longest]} for one in islice(cycle(ids), size)]
         # A step yields less than two tokens on average: some ten steps of every tree.
-        tokens = min(tokens_at_most, (200 if size <= 4 else 100))
+        tokens = min(tokens_at_most, 200 if size <= 4 else 100)
         params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
         time.sleep(0.2)
         llm.collective_rpc("heterospec_record_costs", args=(trees,))
