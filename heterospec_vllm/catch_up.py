@@ -19,7 +19,7 @@ import torch
 
 from heterospec_vllm.policy import Bools
 from heterospec_vllm.tree import Ints
-from heterospec_vllm.true_tokens import TrueTokens
+from heterospec_vllm.true_tokens import TrueTokens, blocks_of
 
 UNSEEN_PREFIX = "prefix_unseen_by_head"
 SKIPPED_TOO_LONG = "skipped_too_long"
@@ -60,7 +60,7 @@ class HeadProgress:
     def follow(self, req_ids: list[str], tokens: TrueTokens) -> None:
         """Meet the step's requests: new ones with their prefix, and those that were preempted and start over."""
         ends = np.cumsum(tokens.num_tokens)
-        first = tokens.positions.numpy()[ends - tokens.num_tokens].tolist()
+        first = tokens.positions.cpu().numpy()[ends - tokens.num_tokens].tolist()
         for i, (req_id, position) in enumerate(zip(req_ids, first, strict=True)):
             if self._next.get(req_id) != position and req_id not in self._lost:
                 self._start_over(req_id, position, tokens.block_table[i])
@@ -69,7 +69,7 @@ class HeadProgress:
     def _start_over(self, req_id: str, position: int, blocks: torch.Tensor) -> None:
         self._let_go(req_id)
         num_blocks = -(-position // self._block_size)
-        prefix = blocks[:num_blocks].numpy()
+        prefix = blocks[:num_blocks].cpu().numpy()
         if not self._seen_blocks[prefix].all():
             self._lost[req_id] = UNSEEN_PREFIX
 
@@ -160,8 +160,7 @@ class HeadProgress:
         self._kept_bytes = sum(record.features.nbytes for record in self._kept)
 
     def _mark(self, tokens: TrueTokens, *, seen: bool, rows: Bools | None = None) -> None:
-        reqs = np.repeat(np.arange(tokens.num_tokens.size), tokens.num_tokens)
-        blocks = tokens.block_table.numpy()[reqs, tokens.positions.numpy() // self._block_size]
+        blocks = blocks_of(tokens, self._block_size).cpu().numpy()
         self._seen_blocks[blocks if rows is None else blocks[rows]] = seen
 
     def remove(self, req_id: str) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 CPU_HEAD_SIZES = (64, 96, 128)
 # Names that model configs have for a layer that attends to the whole context.
 FULL_ATTENTION = ("full_attention", "attention")
+PLATFORMS = ("cpu", "cuda", "rocm")
 KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
@@ -44,24 +45,32 @@ class EngineFacts:
     """What an engine was asked to do with a target."""
 
     target: TargetFacts
-    on_cpu: bool = True
+    platform: str = "cpu"
     worker_cls: str = "auto"
     kv_cache_dtype: str = "auto"
     async_scheduling: bool | None = None
     lora: bool = False
     kv_connector: bool = False
     watermark: bool = False
+    # Options of vLLM's GPU model runner that a tree's sampler does not know, by name.
+    gpu_options: Mapping[str, bool] = field(default_factory=dict)
     parallel_sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 def unsupported_reason(facts: EngineFacts) -> str | None:
     """Why trees cannot be verified on this engine, as one sentence, or None where they can."""
-    return next(_engine_reasons(facts), None) or next(_target_reasons(facts), None)
+    return next(_engine_reasons(facts), None) or next(
+        _target_reasons(facts.target, facts.platform), None
+    )
 
 
 def _engine_reasons(facts: EngineFacts) -> Iterator[str]:
-    if not facts.on_cpu:
-        yield "device: found a platform other than CPU, allowed: vLLM's CPU backend in this version"
+    if facts.platform not in PLATFORMS:
+        yield f"device: found the platform {facts.platform}, allowed: {', '.join(PLATFORMS)}"
+    if facts.platform != "cpu":
+        for name, on in facts.gpu_options.items():
+            if on:
+                yield f"{name}: found True, allowed: False"
     if facts.worker_cls != "auto":
         yield f"worker_cls: found '{facts.worker_cls}', allowed: none, the plugin brings its own"
     for name, size in facts.parallel_sizes.items():
@@ -84,8 +93,12 @@ def _engine_reasons(facts: EngineFacts) -> Iterator[str]:
         yield "watermark_config: found one, allowed: none"
 
 
-def _target_reasons(facts: EngineFacts) -> Iterator[str]:
-    target = facts.target
+def head_size_allowed(head_size: int, platform: str) -> bool:
+    """On GPUs a size without a tree kernel means chains, decided when the layers are known."""
+    return platform != "cpu" or head_size in CPU_HEAD_SIZES
+
+
+def _target_reasons(target: TargetFacts, platform: str) -> Iterator[str]:
     model = f"target {target.architecture}"
     if not target.generates:
         yield f"{model}: found a pooling runner, allowed: text generation"
@@ -114,7 +127,7 @@ def _target_reasons(facts: EngineFacts) -> Iterator[str]:
     other_layers = [kind for kind in target.layer_types if kind not in FULL_ATTENTION]
     if other_layers:
         yield f"{model}: found layers of type {', '.join(other_layers)}, allowed: full_attention"
-    if target.head_size not in CPU_HEAD_SIZES:
+    if not head_size_allowed(target.head_size, platform):
         sizes = ", ".join(map(str, CPU_HEAD_SIZES))
         yield f"{model}: found head size {target.head_size}, allowed on CPU: {sizes}"
     if target.prompt_embeds:

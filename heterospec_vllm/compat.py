@@ -69,14 +69,20 @@ def _has_sinks(text_config: Any, has_layer_types: bool) -> bool:
     )
 
 
+def platform_name() -> str:
+    """``cpu``, ``cuda``, ``rocm`` or what vLLM calls another one (it calls ROCm's devices cuda)."""
+    from vllm.platforms import current_platform
+
+    return "rocm" if current_platform.is_rocm() else current_platform.device_name
+
+
 def engine_facts(engine_args: Any, model_config: Any) -> EngineFacts:
     """What the engine was asked to do, from vLLM's EngineArgs."""
-    from vllm.platforms import current_platform
     from vllm.utils.torch_utils import resolve_kv_cache_dtype_string
 
     return EngineFacts(
         target=target_facts(model_config),
-        on_cpu=current_platform.is_cpu(),
+        platform=platform_name(),
         worker_cls=engine_args.worker_cls,
         kv_cache_dtype=resolve_kv_cache_dtype_string(engine_args.kv_cache_dtype, model_config),
         async_scheduling=engine_args.async_scheduling,
@@ -85,6 +91,13 @@ def engine_facts(engine_args: Any, model_config: Any) -> EngineFacts:
             engine_args.kv_transfer_config is not None or engine_args.kv_offloading_size is not None
         ),
         watermark=engine_args.watermark_config is not None,
+        gpu_options={
+            "enable_dbo": engine_args.enable_dbo,
+            "kv_sharing_fast_prefill": engine_args.kv_sharing_fast_prefill,
+            "return_sampling_mask": model_config.return_sampling_mask,
+            "use_fp64_gumbel": model_config.use_fp64_gumbel,
+            "enable_trace_replay": model_config.enable_trace_replay,
+        },
         parallel_sizes={
             name: getattr(engine_args, name)
             for name in (

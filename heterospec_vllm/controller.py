@@ -16,7 +16,6 @@ import numpy as np
 
 from heterospec_vllm import tree_loops
 from heterospec_vllm.catch_up import HeadProgress
-from heterospec_vllm.drafter import HeteroSpecProposer
 from heterospec_vllm.metrics import StepCounters
 from heterospec_vllm.policies import Batch, Cycle, DraftPolicy, Scope
 from heterospec_vllm.steps import StepRecorder
@@ -24,6 +23,7 @@ from heterospec_vllm.survival import NodeFeatures
 from heterospec_vllm.timing import CLOCK
 from heterospec_vllm.trace import TraceRecorder
 from heterospec_vllm.tree import DraftTrees, Ints
+from heterospec_vllm.tree_drafter import TreeDrafter
 from heterospec_vllm.true_tokens import TrueTokens
 from heterospec_vllm.verify import Walk
 
@@ -62,7 +62,7 @@ class _LastDraft:
 class Controller:
     """Owns what was drafted and decides, with the policy, what is verified and what is drafted next."""
 
-    def __init__(self, proposer: HeteroSpecProposer, policy: DraftPolicy) -> None:
+    def __init__(self, proposer: TreeDrafter, policy: DraftPolicy) -> None:
         self.proposer = proposer
         self.policy = policy
         self.counters = StepCounters()
@@ -281,7 +281,7 @@ class Controller:
 
 def _context_of(tokens: TrueTokens) -> float:
     ends = np.cumsum(tokens.num_tokens) - 1
-    return float(tokens.positions.numpy()[ends].sum())
+    return float(tokens.positions.cpu().numpy()[ends].sum())
 
 
 def _gathered(matched: list[tuple[str, _Place, int]]) -> DraftTrees:

@@ -3,13 +3,22 @@
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 from vllm.sampling_params import SamplingParams
-from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
 from heterospec_vllm.config import MAX_NODES, RequestOptions
 
 
-def fallback_reason(request: CachedRequestState) -> str | None:
+class Request(Protocol):
+    """A request as vLLM's model runners keep it (V1: ``CachedRequestState``, V2: ``NewRequestData``)."""
+
+    sampling_params: SamplingParams | None
+    prompt_embeds: Any
+    mm_features: list[Any]
+
+
+def fallback_reason(request: Request) -> str | None:
     """Why a request is never drafted for, None where it is.
 
     A tree's rows have different pasts, so whatever depends on the tokens emitted so far (grammar, penalties, bad
@@ -39,16 +48,9 @@ def _sampling_reason(params: SamplingParams) -> str | None:
     return None
 
 
-def most_nodes(request: CachedRequestState) -> int:
+def most_nodes(request: Request) -> int:
     """The draft nodes a request asks for at most (``heterospec_max_nodes``)."""
     params = request.sampling_params
     assert params is not None
     asked = RequestOptions.from_extra_args(params.extra_args).heterospec_max_nodes
     return MAX_NODES if asked is None else asked
-
-
-def awaits_min_tokens(request: CachedRequestState) -> bool:
-    """Whether stop tokens are still masked by position, which differs between the nodes of a tree."""
-    params = request.sampling_params
-    assert params is not None
-    return len(request.output_token_ids) < params.min_tokens

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
-from heterospec_vllm.checks import CPU_HEAD_SIZES, EngineFacts
+from heterospec_vllm.checks import CPU_HEAD_SIZES, EngineFacts, head_size_allowed
 from heterospec_vllm.config import read_json_object
 
 # Heads that are one vLLM EAGLE-3 decoder over tap states of the target.
@@ -147,7 +147,7 @@ def _misfits(head: HeadConfig, facts: EngineFacts) -> Iterator[str]:
             f"allowed: at most {target.vocab_size}, the target's"
         )
     head_size = head.head_dim or head.hidden_size // head.num_attention_heads
-    if head_size not in CPU_HEAD_SIZES:
+    if not head_size_allowed(head_size, facts.platform):
         sizes = ", ".join(map(str, CPU_HEAD_SIZES))
         yield f"found a head with head size {head_size}, allowed on CPU: {sizes}"
     if not head.eagle_config.use_aux_hidden_state:

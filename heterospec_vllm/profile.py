@@ -173,7 +173,11 @@ def fingerprint(model: str) -> str:
 
 
 def machine_name() -> str:
-    """The processor and the threads that torch may use: what a cost table belongs to."""
+    """The GPU, or the processor and the threads that torch may use: what a cost table belongs to."""
+    import torch  # not at the top: profiles are checked where engines only start
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
     model = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -23,11 +23,16 @@ class TrueTokens:
     block_table: torch.Tensor  # [num_reqs, max_blocks] int32
 
 
+def blocks_of(tokens: TrueTokens, block_size: int) -> torch.Tensor:
+    """[num_tokens] int64 KV block of each token."""
+    reqs = torch.from_numpy(np.repeat(np.arange(tokens.num_tokens.size), tokens.num_tokens))
+    positions = tokens.positions
+    return tokens.block_table[reqs.to(positions.device), positions // block_size].long()
+
+
 def slots_of(tokens: TrueTokens, block_size: int) -> torch.Tensor:
     """[num_tokens] int64 KV slot of each token."""
-    reqs = torch.from_numpy(np.repeat(np.arange(tokens.num_tokens.size), tokens.num_tokens))
-    blocks = tokens.block_table[reqs, tokens.positions // block_size].long()
-    return blocks * block_size + tokens.positions % block_size
+    return blocks_of(tokens, block_size) * block_size + tokens.positions % block_size
 
 
 def parts_of(num_tokens: Ints, most: int) -> list[slice]:

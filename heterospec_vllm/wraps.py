@@ -18,7 +18,8 @@ from heterospec_vllm import checks, compat, config, head
 # A child of vLLM's logger, so that its handlers and levels apply.
 logger = logging.getLogger("vllm.heterospec")
 
-WORKER = "heterospec_vllm.runners.worker.HeteroSpecCPUWorker"
+CPU_WORKER = "heterospec_vllm.runners.worker.HeteroSpecCPUWorker"
+GPU_WORKER = "heterospec_vllm.runners.gpu_worker.HeteroSpecGPUWorker"
 
 # Set on a SpeculativeConfig that this plugin made.
 _MARKER = "_heterospec"
@@ -145,7 +146,9 @@ def _wrap_create_speculative_config(original: Callable[..., Any]) -> Callable[..
             config.METHOD: config.ConfigCarrier(ours, str(path)),
         }
         # ParallelConfig exists already, so engine_args.worker_cls would come too late.
-        target_parallel_config.worker_cls = WORKER
+        target_parallel_config.worker_cls = (
+            CPU_WORKER if compat.platform_name() == "cpu" else GPU_WORKER
+        )
         logger.info("heterospec: %s", ours)
         return speculative_config
 

@@ -8,7 +8,7 @@ requests first, our op takes their rows and vLLM's op the rest.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata
@@ -19,6 +19,7 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
+from heterospec_vllm.attention.trees import requests_from
 from heterospec_vllm.kernels import reference
 from heterospec_vllm.kernels.draft_attention_cpu import draft_attention_cpu
 from heterospec_vllm.kernels.tree_attention_cpu import is_available, tree_attention_cpu
@@ -93,7 +94,7 @@ class HeteroSpecCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         trees = self.step_trees
         if trees is None:
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
-        rest = _requests_from(common_attn_metadata, trees.seq_lens.shape[0], trees.num_tokens)
+        rest = requests_from(common_attn_metadata, trees.seq_lens.shape[0], trees.num_tokens)
         if rest is None:
             return TreeAttentionMetadata(trees, None)
         return TreeAttentionMetadata(trees, super().build(common_prefix_len, rest, fast_build))
@@ -198,23 +199,3 @@ class HeteroSpecCPUAttentionImpl(CPUAttentionBackendImpl):
             self.scale,
         )
         return output
-
-
-def _requests_from(
-    common: CommonAttentionMetadata, first_req: int, first_token: int
-) -> CommonAttentionMetadata | None:
-    """The batch without its first requests."""
-    if first_req >= common.num_reqs:
-        return None
-    query_start_loc_cpu = common.query_start_loc_cpu[first_req:] - first_token
-    query_start_loc = common.query_start_loc[first_req:] - first_token
-    return replace(
-        common,
-        query_start_loc=query_start_loc,
-        query_start_loc_cpu=query_start_loc_cpu,
-        seq_lens=common.seq_lens[first_req:],
-        num_reqs=common.num_reqs - first_req,
-        num_actual_tokens=common.num_actual_tokens - first_token,
-        block_table_tensor=common.block_table_tensor[first_req:],
-        slot_mapping=common.slot_mapping[first_token:],
-    )

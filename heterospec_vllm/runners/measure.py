@@ -14,7 +14,7 @@ import torch
 from vllm.logger import init_logger
 
 from heterospec_vllm.cost import ROW_KNOTS, TOKEN_KNOTS, StepCosts, table_from_samples
-from heterospec_vllm.drafter import HeteroSpecProposer
+from heterospec_vllm.tree_drafter import TreeDrafter
 
 logger = init_logger(__name__)
 
@@ -23,7 +23,7 @@ ROWS = (1, 4, 8, 32, 128)
 REPEATS = 3
 
 
-def measure_costs(runner: Any, proposer: HeteroSpecProposer) -> StepCosts:
+def measure_costs(runner: Any, proposer: TreeDrafter) -> StepCosts:
     """Times the target's forward pass with logits, and the head's, over a few batch sizes, on dummy inputs.
 
     Attention, sampling and host work are not in it: they show in the first real steps. Touches no KV.
@@ -54,13 +54,13 @@ def _median(run: Callable[[], None]) -> float:
     return statistics.median(seconds)
 
 
-def _target(runner: Any, proposer: HeteroSpecProposer, num_tokens: int) -> None:
+def _target(runner: Any, proposer: TreeDrafter, num_tokens: int) -> None:
     with proposer.silent():
         hidden, _ = runner._dummy_run(num_tokens)
     logits = runner.model.compute_logits(hidden[:num_tokens])
     logits.argmax(dim=-1)
 
 
-def _head(proposer: HeteroSpecProposer, num_rows: int) -> None:
+def _head(proposer: TreeDrafter, num_rows: int) -> None:
     normed, _ = proposer._run_head(num_rows, None, {})
     proposer._top_children(normed, 8)

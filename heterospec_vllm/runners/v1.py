@@ -9,77 +9,39 @@ forward -> ``_sample`` walks and compacts -> ``propose_draft_token_ids`` drafts 
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from vllm.config import VllmConfig
-from vllm.logger import init_logger
 from vllm.utils.torch_utils import PIN_MEMORY
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.sample.logits_processor import build_logitsprocs
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
 from heterospec_vllm.attention.cpu import HeteroSpecCPUAttentionMetadataBuilder
 from heterospec_vllm.catch_up import HeadProgress
-from heterospec_vllm.config import (
-    ConfigSource,
-    HeteroSpecConfig,
-    from_vllm_config,
-    metrics_file_of,
-    parse,
-)
-from heterospec_vllm.controller import Controller
-from heterospec_vllm.cost import StepCosts
 from heterospec_vllm.drafter import HeteroSpecProposer
-from heterospec_vllm.fallback import awaits_min_tokens, fallback_reason, most_nodes
 from heterospec_vllm.kernels.tree_attention_cpu import is_available
-from heterospec_vllm.marginal import make_policy
-from heterospec_vllm.metrics import StepCounters
-from heterospec_vllm.metrics_file import open_metrics_file
-from heterospec_vllm.policies import DraftPolicy, PlainPolicy
-from heterospec_vllm.policy import TreeShape
-from heterospec_vllm.profile import load_profile, machine_name
-from heterospec_vllm.runners.measure import measure_costs
-from heterospec_vllm.runners.step import Step, true_rows, with_drafts, without_speculation
+from heterospec_vllm.runners.shared import SpeculatingRunner
+from heterospec_vllm.runners.step import Step, true_rows, without_speculation
 from heterospec_vllm.scorer import TreeScorer
 from heterospec_vllm.timing import CLOCK
-from heterospec_vllm.trace import (
-    CostRecorder,
-    TracePolicy,
-    TraceRecorder,
-)
 from heterospec_vllm.tree import Ints
 from heterospec_vllm.true_tokens import TrueTokens
 
-logger = init_logger(__name__)
 
-
-class HeteroSpecCPUModelRunner(CPUModelRunner):
+class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
     """vLLM's CPU runner; every override calls the original and adds what a tree needs."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
-        config = from_vllm_config(vllm_config)
-        assert config is not None
-        self._config: HeteroSpecConfig = config
         self.drafter = HeteroSpecProposer(vllm_config, device, self)
+        self.start_speculation(vllm_config, self.drafter)
         self.scorer = TreeScorer(self.sampler)
-        self.controller = Controller(self.drafter, PlainPolicy(TreeShape(1, 1, 1)))
-        self._profile = None if config.profile is None else load_profile(Path(config.profile))
-        self._costs: StepCosts | None = None
-        # What a policy has learned outlives a switch to another one.
-        self._policies: dict[HeteroSpecConfig, DraftPolicy] = {}
-        self._plain_reasons: dict[str, str | None] = {}
-        self._node_caps: dict[str, int] = {}
-        self._logged_reasons: set[str] = set()
-        self._step = Step({})
         self._kv_caches_of_target: list[torch.Tensor] = []
-        path = metrics_file_of(vllm_config)
-        self._metrics_file = open_metrics_file(path) if path is not None else None
         # vLLM drops min_p and logit_bias as soon as a speculative config exists; the walk samples with vLLM's
         # own sampler row by row, so the full set is right for it.
         self.input_batch.logitsprocs = build_logitsprocs(
@@ -90,73 +52,11 @@ class HeteroSpecCPUModelRunner(CPUModelRunner):
             (),
         )
 
-    @property
-    def counters(self) -> StepCounters:
-        return self.controller.counters
+    def _draws_trees(self) -> bool:
+        return is_available()
 
-    def start_policy(self) -> None:
-        """The configured policy, once the engine is warm."""
-        self.set_policy(self._config.policy)
-
-    def set_policy(self, policy: str, **options: Any) -> None:
-        """Switch what is drafted from the next step on; the options are those of the config."""
-        # Without the profile's path: the profile was checked and loaded at start.
-        given = {**self._config.model_dump(), "profile": None, "policy": policy, **options}
-        config = parse(ConfigSource(given, None))
-        if not is_available() and config.policy not in ("plain", "chain"):
-            config = parse(ConfigSource({**given, "policy": "chain"}, None))
-        if config not in self._policies:
-            costs = self._measured_costs() if config.policy == "marginal" else None
-            self._policies[config] = make_policy(config, self.num_spec_tokens, self._profile, costs)
-        self.controller.policy = self._policies[config]
-
-    def _measured_costs(self) -> StepCosts:
-        """The profile's tables where it was made on this machine, else a measurement of a few seconds, made once."""
-        if self._costs is None:
-            profile = self._profile
-            if profile is not None and profile.machine == machine_name():
-                self._costs = StepCosts.from_dict(profile.costs.model_dump())
-            else:
-                if profile is not None:
-                    logger.info(
-                        "heterospec: the profile was made on '%s', this is '%s': its strata and "
-                        "survivals are used, costs are measured anew.",
-                        profile.machine,
-                        machine_name(),
-                    )
-                self._costs = measure_costs(self, self.drafter)
-        return self._costs
-
-    def record_trace(self, on: bool) -> dict[str, Any] | None:
-        """Start recording drafts (under the trace policy), or stop and return what was recorded."""
-        controller = self.controller
-        if on:
-            config = self._config
-            controller.recorder = TraceRecorder()
-            controller.policy = TracePolicy(
-                TreeShape(self.num_spec_tokens, config.max_depth, config.top_k)
-            )
-            return None
-        recorder, controller.recorder = controller.recorder, None
-        self.start_policy()
-        return None if recorder is None else recorder.arrays()
-
-    def record_costs(self, trees: list[tuple[int, int, int]]) -> None:
-        """Draft trees of fixed (nodes, depth, top_k) in turns, 0 nodes for none, and note what everything costs."""
-        shapes = [TreeShape(*tree) if tree[0] else None for tree in trees]
-        self.controller.policy = CostRecorder(shapes)
-
-    def recorded_costs(self) -> dict[str, list] | None:
-        """What was noted since :meth:`record_costs`; the configured policy is back afterwards."""
-        policy = self.controller.policy
-        self.start_policy()
-        return policy.samples() if isinstance(policy, CostRecorder) else None
-
-    def read_counters(self, reset: bool) -> dict[str, Any]:
-        counters = self.counters.as_dict()
-        if reset:
-            self.controller.counters = StepCounters()
-        return counters
+    def _request(self, req_id: str) -> CachedRequestState:
+        return self.requests[req_id]
 
     # ---- step: match scheduled drafts with their trees
 
@@ -170,27 +70,12 @@ class HeteroSpecCPUModelRunner(CPUModelRunner):
     def sample_tokens(self, grammar_output):
         with CLOCK.span("sample_tokens"):
             output = super().sample_tokens(grammar_output)
-        if self._metrics_file is not None:
-            self._metrics_file.publish(self.counters)
+        self._publish()
         return output
 
     def _model_forward(self, *args, **kwargs):
         with CLOCK.span("target forward"):
             return super()._model_forward(*args, **kwargs)
-
-    def _match_drafts(self, scheduler_output: SchedulerOutput) -> tuple[Step, SchedulerOutput]:
-        """What is verified of the scheduled drafts, written into a copy of the scheduler's output.
-
-        In-process the scheduler reads its own object when it counts rejections, so that one is never changed.
-        """
-        scheduled = scheduler_output.scheduled_spec_decode_tokens
-        num_tokens = scheduler_output.total_num_scheduled_tokens
-        verified = self.controller.match(
-            scheduled, num_tokens, len(scheduler_output.num_scheduled_tokens)
-        )
-        if scheduled:
-            scheduler_output = with_drafts(scheduler_output, verified)
-        return Step(verified, scheduler_output.total_num_scheduled_tokens), scheduler_output
 
     def _may_reorder_batch(self, scheduler_output: SchedulerOutput) -> None:
         """Requests that attend as trees first; chains need no mask and stay with vLLM's own kernel."""
@@ -356,7 +241,11 @@ class HeteroSpecCPUModelRunner(CPUModelRunner):
         slot_mappings,
     ) -> list[list[int]]:
         req_ids = self.input_batch.req_ids
-        limits = self._max_nodes(sampled_token_ids)
+        limits = self._max_nodes(
+            req_ids,
+            map(len, sampled_token_ids),
+            [len(self.requests[req_id].output_token_ids) for req_id in req_ids],
+        )
         followed = np.array([self._reason(req_id) is None for req_id in req_ids])
         tokens = self._true_tokens(
             scheduler_output, sampled_token_ids, aux_hidden_states, common_attn_metadata
@@ -370,43 +259,6 @@ class HeteroSpecCPUModelRunner(CPUModelRunner):
                 self._temperatures(),
                 self._step.num_tokens,
             )
-
-    def _max_nodes(self, sampled_token_ids: list[list[int]]) -> Ints:
-        """[num_reqs] nodes each request may get: none without a new token or for one that decodes plainly."""
-        # Trees may take half of a step's token budget; the rest is for prompts that wait.
-        room = self.scheduler_config.max_num_batched_tokens // 2 // self.input_batch.num_reqs - 1
-        limit = max(0, min(self.num_spec_tokens, room))
-        caps = []
-        for req_id, emitted in zip(self.input_batch.req_ids, sampled_token_ids, strict=True):
-            if not emitted or self._reason(req_id) is not None:
-                caps.append(0)
-                continue
-            caps.append(
-                0
-                if awaits_min_tokens(self.requests[req_id])
-                else min(limit, self._node_caps[req_id])
-            )
-        return np.array(caps)
-
-    def _reason(self, req_id: str) -> str | None:
-        """Why a request decodes plainly (decided once a request, logged once a reason, counted)."""
-        if req_id not in self._plain_reasons:
-            request = self.requests[req_id]
-            self._node_caps[req_id] = most_nodes(request)
-            self._set_reason(req_id, fallback_reason(request))
-        elif self._plain_reasons[req_id] is None and self.controller.progress is not None:
-            lost = self.controller.progress.lost(req_id)
-            if lost is not None:
-                self._set_reason(req_id, lost)
-        return self._plain_reasons[req_id]
-
-    def _set_reason(self, req_id: str, reason: str | None) -> None:
-        self._plain_reasons[req_id] = reason
-        if reason is not None:
-            self.counters.fallbacks[reason] += 1
-            if reason not in self._logged_reasons:
-                self._logged_reasons.add(reason)
-                logger.info("Requests with %s decode without speculation.", reason)
 
     def _true_tokens(
         self,
@@ -437,6 +289,4 @@ class HeteroSpecCPUModelRunner(CPUModelRunner):
 
     def _on_request_state_removed(self, req_id: str, req_state) -> None:
         super()._on_request_state_removed(req_id, req_state)
-        self.controller.remove(req_id)
-        self._plain_reasons.pop(req_id, None)
-        self._node_caps.pop(req_id, None)
+        self._forget(req_id)

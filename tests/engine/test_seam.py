@@ -20,7 +20,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from heterospec_vllm.config import METHOD, HeteroSpecConfig, from_vllm_config
 from heterospec_vllm.plugin import register
-from heterospec_vllm.wraps import WORKER
+from heterospec_vllm.wraps import CPU_WORKER
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -69,7 +69,7 @@ def test_vllm_gets_an_eagle3_config(vllm_config: VllmConfig, folder: Path) -> No
     assert given.disable_padded_drafter_batch
     assert given.disable_eagle_block_drop
     assert vllm_config.scheduler_config.async_scheduling is False
-    assert vllm_config.parallel_config.worker_cls == WORKER
+    assert vllm_config.parallel_config.worker_cls == CPU_WORKER
 
 
 def test_config_reaches_another_process(vllm_config: VllmConfig, folder: Path) -> None:

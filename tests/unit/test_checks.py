@@ -36,7 +36,7 @@ TARGET_FAULTS: dict[str, tuple[Any, str]] = {
     "logits_processors": (True, "logits_processors: found custom ones"),
 }
 ENGINE_FAULTS: dict[str, tuple[Any, str]] = {
-    "on_cpu": (False, "device: found a platform other than CPU"),
+    "platform": ("tpu", "device: found the platform tpu, allowed: cpu, cuda, rocm"),
     "worker_cls": ("my.Worker", "worker_cls: found 'my.Worker', allowed: none"),
     "kv_cache_dtype": ("fp8_e5m2", "kv_cache_dtype: found 'fp8_e5m2', allowed: auto, bfloat16"),
     "async_scheduling": (True, "async_scheduling: found True"),
@@ -76,4 +76,18 @@ def test_plain_kv_dtypes_pass(dtype: str) -> None:
 def test_every_fact_is_in_a_table() -> None:
     shapes = {"architecture", "hidden_size", "vocab_size", "num_hidden_layers"}
     assert {field.name for field in fields(TargetFacts)} == shapes | set(TARGET_FAULTS)
-    assert {field.name for field in fields(EngineFacts)} == {"target", *ENGINE_FAULTS}
+    found = {field.name for field in fields(EngineFacts)}
+    assert found == {"target", "gpu_options", *ENGINE_FAULTS}
+
+
+def test_options_of_the_gpu_runner_are_refused_on_gpus_only() -> None:
+    facts = replace(ENGINE, gpu_options={"enable_dbo": True, "use_fp64_gumbel": False})
+    assert unsupported_reason(facts) is None
+    reason = unsupported_reason(replace(facts, platform="cuda"))
+    assert reason == "enable_dbo: found True, allowed: False"
+
+
+@pytest.mark.parametrize("platform", ["cuda", "rocm"])
+def test_head_sizes_are_left_to_the_backend_on_gpus(platform: str) -> None:
+    other = replace(ENGINE, platform=platform, target=replace(TARGET, head_size=80))
+    assert unsupported_reason(other) is None

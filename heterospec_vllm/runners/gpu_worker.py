@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The worker that vLLM starts on GPUs when our config is used: backends with trees, and our runner."""
+
+from __future__ import annotations
+
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.worker import gpu_worker
+
+from heterospec_vllm.runners.worker_calls import WorkerCalls
+
+_BACKENDS = {
+    AttentionBackendEnum.FLASH_ATTN: "heterospec_vllm.attention.flash.HeteroSpecFlashBackend",
+    AttentionBackendEnum.TRITON_ATTN: "heterospec_vllm.attention.triton.HeteroSpecTritonBackend",
+}
+
+
+class HeteroSpecGPUWorker(WorkerCalls, gpu_worker.Worker):
+    """vLLM's GPU worker around our model runner."""
+
+    def init_device(self) -> None:
+        if not self.use_v2_model_runner:
+            raise ValueError(
+                "heterospec: model runner: found V1, allowed on GPUs: V2 (unset "
+                "VLLM_USE_V2_MODEL_RUNNER; vLLM's log says which option asks for V1)"
+            )
+        for backend, path in _BACKENDS.items():
+            register_backend(backend, path)
+        super().init_device()
+
+    def _make_model_runner(self):
+        from heterospec_vllm.runners.v2 import HeteroSpecGPUModelRunner
+
+        return HeteroSpecGPUModelRunner(self.vllm_config, self.device)

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What both model runners share: the policy and its switches, who is drafted for, which drafts are verified."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from vllm.config import SchedulerConfig, VllmConfig
+from vllm.logger import init_logger
+from vllm.v1.core.sched.output import SchedulerOutput
+
+from heterospec_vllm.config import (
+    ConfigSource,
+    HeteroSpecConfig,
+    from_vllm_config,
+    metrics_file_of,
+    parse,
+)
+from heterospec_vllm.controller import Controller
+from heterospec_vllm.cost import StepCosts
+from heterospec_vllm.fallback import Request, fallback_reason, most_nodes
+from heterospec_vllm.marginal import make_policy
+from heterospec_vllm.metrics import StepCounters
+from heterospec_vllm.metrics_file import open_metrics_file
+from heterospec_vllm.policies import DraftPolicy, PlainPolicy
+from heterospec_vllm.policy import TreeShape
+from heterospec_vllm.profile import load_profile, machine_name
+from heterospec_vllm.runners.measure import measure_costs
+from heterospec_vllm.runners.step import Step, with_drafts
+from heterospec_vllm.trace import CostRecorder, TracePolicy, TraceRecorder
+from heterospec_vllm.tree import Ints
+from heterospec_vllm.tree_drafter import TreeDrafter
+
+logger = init_logger(__name__)
+
+
+class SpeculatingRunner:
+    """The part of a model runner that does not depend on vLLM's version of it; subclasses are also vLLM's runner."""
+
+    scheduler_config: SchedulerConfig
+
+    def start_speculation(self, vllm_config: VllmConfig, drafter: TreeDrafter) -> None:
+        """To be called once, after vLLM's constructor."""
+        config = from_vllm_config(vllm_config)
+        assert config is not None
+        self._config: HeteroSpecConfig = config
+        self._drafter = drafter
+        self.controller = Controller(drafter, PlainPolicy(TreeShape(1, 1, 1)))
+        self._profile = None if config.profile is None else load_profile(Path(config.profile))
+        self._costs: StepCosts | None = None
+        # What a policy has learned outlives a switch to another one.
+        self._policies: dict[HeteroSpecConfig, DraftPolicy] = {}
+        self._plain_reasons: dict[str, str | None] = {}
+        self._node_caps: dict[str, int] = {}
+        self._logged_reasons: set[str] = set()
+        self._step = Step({})
+        path = metrics_file_of(vllm_config)
+        self._metrics_file = open_metrics_file(path) if path is not None else None
+
+    def _draws_trees(self) -> bool:
+        """Whether attention over trees works here; without it chains are drafted."""
+        raise NotImplementedError
+
+    def _request(self, req_id: str) -> Request:
+        """What vLLM knows of a request in the batch."""
+        raise NotImplementedError
+
+    @property
+    def counters(self) -> StepCounters:
+        return self.controller.counters
+
+    def start_policy(self) -> None:
+        """The configured policy, once the engine is warm."""
+        self.set_policy(self._config.policy)
+
+    def set_policy(self, policy: str, **options: Any) -> None:
+        """Switch what is drafted from the next step on; the options are those of the config."""
+        # Without the profile's path: the profile was checked and loaded at start.
+        given = {**self._config.model_dump(), "profile": None, "policy": policy, **options}
+        config = parse(ConfigSource(given, None))
+        if not self._draws_trees() and config.policy not in ("plain", "chain"):
+            config = parse(ConfigSource({**given, "policy": "chain"}, None))
+        if config not in self._policies:
+            costs = self._measured_costs() if config.policy == "marginal" else None
+            self._policies[config] = make_policy(
+                config, self._config.num_lookahead_tokens, self._profile, costs
+            )
+        self.controller.policy = self._policies[config]
+
+    def _measured_costs(self) -> StepCosts:
+        """The profile's tables where it was made on this machine, else a measurement of a few seconds, made once."""
+        if self._costs is None:
+            profile = self._profile
+            if profile is not None and profile.machine == machine_name():
+                self._costs = StepCosts.from_dict(profile.costs.model_dump())
+            else:
+                if profile is not None:
+                    logger.info(
+                        "heterospec: the profile was made on '%s', this is '%s': its strata and "
+                        "survivals are used, costs are measured anew.",
+                        profile.machine,
+                        machine_name(),
+                    )
+                self._costs = measure_costs(self, self._drafter)
+        return self._costs
+
+    def record_trace(self, on: bool) -> dict[str, Any] | None:
+        """Start recording drafts (under the trace policy), or stop and return what was recorded."""
+        controller = self.controller
+        if on:
+            config = self._config
+            controller.recorder = TraceRecorder()
+            controller.policy = TracePolicy(
+                TreeShape(self._config.num_lookahead_tokens, config.max_depth, config.top_k)
+            )
+            return None
+        recorder, controller.recorder = controller.recorder, None
+        self.start_policy()
+        return None if recorder is None else recorder.arrays()
+
+    def record_costs(self, trees: list[tuple[int, int, int]]) -> None:
+        """Draft trees of fixed (nodes, depth, top_k) in turns, 0 nodes for none, and note what everything costs."""
+        shapes = [TreeShape(*tree) if tree[0] else None for tree in trees]
+        self.controller.policy = CostRecorder(shapes)
+
+    def recorded_costs(self) -> dict[str, list] | None:
+        """What was noted since :meth:`record_costs`; the configured policy is back afterwards."""
+        policy = self.controller.policy
+        self.start_policy()
+        return policy.samples() if isinstance(policy, CostRecorder) else None
+
+    def read_counters(self, reset: bool) -> dict[str, Any]:
+        counters = self.counters.as_dict()
+        if reset:
+            self.controller.counters = StepCounters()
+        return counters
+
+    def _match_drafts(self, scheduler_output: SchedulerOutput) -> tuple[Step, SchedulerOutput]:
+        """What is verified of the scheduled drafts, written into a copy of the scheduler's output.
+
+        In-process the scheduler reads its own object when it counts rejections, so that one is never changed.
+        """
+        scheduled = scheduler_output.scheduled_spec_decode_tokens
+        num_tokens = scheduler_output.total_num_scheduled_tokens
+        verified = self.controller.match(
+            scheduled, num_tokens, len(scheduler_output.num_scheduled_tokens)
+        )
+        if scheduled:
+            scheduler_output = with_drafts(scheduler_output, verified)
+        return Step(verified, scheduler_output.total_num_scheduled_tokens), scheduler_output
+
+    def _publish(self) -> None:
+        if self._metrics_file is not None:
+            self._metrics_file.publish(self.counters)
+
+    # ---- who is drafted for
+
+    def _max_nodes(
+        self,
+        req_ids: list[str],
+        num_emitted: Iterable[int],  # [num_reqs] new tokens of each request
+        num_outputs: Iterable[int],  # [num_reqs] tokens it has emitted in all
+    ) -> Ints:
+        """[num_reqs] nodes each request may get: none without a new token or for one that decodes plainly."""
+        # Trees may take half of a step's token budget; the rest is for prompts that wait.
+        room = self.scheduler_config.max_num_batched_tokens // 2 // len(req_ids) - 1
+        limit = max(0, min(self._config.num_lookahead_tokens, room))
+        caps = []
+        for req_id, emitted, outputs in zip(req_ids, num_emitted, num_outputs, strict=True):
+            drafted = emitted and self._reason(req_id) is None
+            if drafted:
+                params = self._request(req_id).sampling_params
+                # Stop tokens that are masked by position would differ between the nodes of a tree.
+                drafted = params is not None and outputs >= params.min_tokens
+            caps.append(min(limit, self._node_caps[req_id]) if drafted else 0)
+        return np.array(caps)
+
+    def _reason(self, req_id: str) -> str | None:
+        """Why a request decodes plainly (decided once a request, logged once a reason, counted)."""
+        if req_id not in self._plain_reasons:
+            request = self._request(req_id)
+            self._node_caps[req_id] = most_nodes(request)
+            self._set_reason(req_id, fallback_reason(request))
+        elif self._plain_reasons[req_id] is None and self.controller.progress is not None:
+            lost = self.controller.progress.lost(req_id)
+            if lost is not None:
+                self._set_reason(req_id, lost)
+        return self._plain_reasons[req_id]
+
+    def _set_reason(self, req_id: str, reason: str | None) -> None:
+        self._plain_reasons[req_id] = reason
+        if reason is not None:
+            self.counters.fallbacks[reason] += 1
+            if reason not in self._logged_reasons:
+                self._logged_reasons.add(reason)
+                logger.info("Requests with %s decode without speculation.", reason)
+
+    def _forget(self, req_id: str) -> None:
+        """A request has left the engine."""
+        self.controller.remove(req_id)
+        self._plain_reasons.pop(req_id, None)
+        self._node_caps.pop(req_id, None)

@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model Runner V2 with tree speculation: a thin adapter, "tree in, chain out", over the decisions that V1 uses.
+
+One step: ``execute_model`` matches the scheduled drafts with their trees -> ``prepare_inputs`` puts their tokens where
+vLLM reads drafts -> ``prepare_attn`` rewrites positions and hands the attention builders the tree rows -> target
+forward -> ``sample`` walks and compacts -> vLLM's bookkeeping sees accepted and rejected counts, as of a chain ->
+the speculator's ``propose`` comes back to ``_draft`` for the next trees.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+from vllm.v1.outputs import DraftTokenIds
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+from vllm.v1.worker.gpu.spec_decode.eagle.eagle3_utils import get_eagle3_aux_layers_from_config
+
+from heterospec_vllm.attention.gpu import StepTrees, TreeBuilder
+from heterospec_vllm.catch_up import HeadProgress
+from heterospec_vllm.device_scorer import DeviceScorer
+from heterospec_vllm.head import load as head_config
+from heterospec_vllm.kernels.kv_compact import KVLayers
+from heterospec_vllm.runners.shared import SpeculatingRunner, logger
+from heterospec_vllm.runners.step import Step, true_rows
+from heterospec_vllm.speculator import HeteroSpecSpeculator, tree_reason_of
+from heterospec_vllm.timing import CLOCK
+from heterospec_vllm.tree import Ints
+from heterospec_vllm.true_tokens import TrueTokens
+
+
+class HeteroSpecGPUModelRunner(SpeculatingRunner, GPUModelRunner):
+    """vLLM's runner; every override calls the original and adds what a tree needs."""
+
+    speculator: HeteroSpecSpeculator
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        super().__init__(vllm_config, device)
+        self.speculator = HeteroSpecSpeculator(vllm_config, device)
+        self.speculator.on_propose = self._draft
+        self.start_speculation(vllm_config, self.speculator)
+        self._requests: dict[str, NewRequestData] = {}
+        self._drafts: DraftTokenIds | None = None
+        self._layers: KVLayers | None = None
+        self._tree_reason: str | None = None
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        nested = head_config(self._config.model).eagle_config.eagle_aux_hidden_state_layer_ids
+        if nested and get_eagle3_aux_layers_from_config(self.speculative_config) is None:
+            # V2 does not look where V1 finds a head's tap layers, and takes default ones.
+            self.model.set_aux_hidden_state_layers(tuple(nested))
+        assert self.sampler is not None
+        self.scorer = DeviceScorer(self.sampler)
+        self.rejection_sampler = self.scorer
+
+    def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
+        super().initialize_kv_cache(*args, **kwargs)
+        self._layers = None
+        gid = self.speculator.kv_cache_gid
+        self.controller.progress = HeadProgress(
+            self.kv_cache_config.num_blocks, self.block_tables.block_sizes[gid]
+        )
+        reason = tree_reason_of(self.attn_groups) or self.speculator.tree_reason()
+        if reason is not None and reason != self._tree_reason:
+            logger.warning("heterospec drafts chains only, no trees: found %s", reason)
+        self._tree_reason = reason
+
+    def _draws_trees(self) -> bool:
+        return self._tree_reason is None
+
+    def _request(self, req_id: str) -> NewRequestData:
+        return self._requests[req_id]
+
+    # ---- requests
+
+    def add_requests(self, scheduler_output: SchedulerOutput) -> None:
+        super().add_requests(scheduler_output)
+        for request in scheduler_output.scheduled_new_reqs:
+            self._requests[request.req_id] = request
+
+    def _remove_request(self, req_id: str) -> bool:
+        # Preempted requests, too, which come back as new ones.
+        self.controller.remove(req_id)
+        return super()._remove_request(req_id)
+
+    def finish_requests(self, scheduler_output: SchedulerOutput) -> None:
+        super().finish_requests(scheduler_output)
+        for req_id in scheduler_output.finished_req_ids:
+            self._requests.pop(req_id, None)
+            self._forget(req_id)
+
+    # ---- step: match scheduled drafts with their trees
+
+    def execute_model(
+        self,
+        scheduler_output: SchedulerOutput,
+        intermediate_tensors: Any = None,
+        dummy_run: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        if dummy_run:
+            self._step = Step({})
+        else:
+            self._step, scheduler_output = self._match_drafts(scheduler_output)
+            self.counters.steps += bool(scheduler_output.total_num_scheduled_tokens)
+        self._hand_to_builders(None)
+        with CLOCK.span("execute_model"):
+            return super().execute_model(
+                scheduler_output, intermediate_tensors, dummy_run=dummy_run, **kwargs
+            )
+
+    # ---- step: inputs and attention
+
+    def prepare_inputs(
+        self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any
+    ) -> InputBatch:
+        step = self._step
+        if step.verified:
+            self._place_drafts(step.verified)
+        batch = super().prepare_inputs(scheduler_output, *args, **kwargs)
+        if step.verified:
+            step.trees = self.controller.trees_for(batch.req_ids)
+            ends = batch.query_start_loc_np[1 : batch.num_reqs + 1].astype(np.int64)
+            step.root_rows = ends - step.trees.num_nodes - 1
+            self.scorer.trees = step.trees
+            if not step.trees.is_chain.all():
+                # vLLM sorts requests with drafts to the front; a chain among trees is a tree, too.
+                step.num_tree_reqs = int((step.trees.num_nodes > 0).sum())
+        return batch
+
+    def _place_drafts(self, verified: dict[str, list[int]]) -> None:
+        """The nodes of each tree where vLLM reads a request's draft tokens."""
+        tokens = np.zeros((len(verified), self.num_speculative_steps), dtype=np.int64)
+        for row, nodes in enumerate(verified.values()):
+            tokens[row, : len(nodes)] = nodes
+        states = [self.req_states.req_id_to_index[req_id] for req_id in verified]
+        at = torch.tensor(states, device=self.device)
+        self.req_states.draft_tokens[at] = torch.from_numpy(tokens).to(self.device)
+
+    def prepare_attn(
+        self, input_batch: InputBatch
+    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        """Slots follow the row, as KV needs; positions, from here on, the depth."""
+        prepared = super().prepare_attn(input_batch)
+        step = self._step
+        if step.num_tree_reqs:
+            assert step.trees is not None
+            count = step.num_tree_reqs
+            trees = step.trees.take(np.arange(count), step.trees.num_nodes[:count])
+            num_rows = trees.num_nodes + 1
+            real = np.arange(trees.max_nodes + 1) < num_rows[:, None]
+            context_lens = input_batch.num_computed_tokens_np[:count].astype(np.int64)
+            positions = (context_lens[:, None] + trees.depths)[real]
+            num_tokens = positions.size
+            input_batch.positions[:num_tokens] = torch.from_numpy(positions).to(self.device)
+            mask = torch.from_numpy(trees.ancestor_bitmask()[real].view(np.int64))
+            self._hand_to_builders(
+                StepTrees(
+                    num_reqs=count,
+                    num_tokens=num_tokens,
+                    max_rows=int(num_rows.max()),
+                    ancestor_mask=mask.to(self.device),
+                )
+            )
+        return prepared
+
+    def _hand_to_builders(self, trees: StepTrees | None) -> None:
+        for groups in getattr(self, "attn_groups", ()):
+            for group in groups:
+                builder = group.get_metadata_builder(0)
+                if isinstance(builder, TreeBuilder):
+                    builder.step_trees = trees
+
+    # ---- step: verification
+
+    def sample(self, hidden_states: torch.Tensor, input_batch: InputBatch, grammar_output: Any):
+        step = self._step
+        with self.controller.sampling(), CLOCK.span("walk"):
+            output = super().sample(hidden_states, input_batch, grammar_output)
+            if step.trees is None:
+                return output
+            step.walked = self.scorer.walked
+        assert step.root_rows is not None
+        with CLOCK.span("compaction"):
+            slots = self.block_tables.slot_mappings[self._target_gid(), : input_batch.num_tokens]
+            num_moves = self.scorer.compact(self._target_layers(), slots, step.root_rows)
+        self.counters.record_walk(step.trees, step.walked, num_moves)
+        self.controller.learn(step.trees, step.walked, self._temperatures(input_batch))
+        return output
+
+    def _target_gid(self) -> int:
+        return next(
+            i
+            for i, group in enumerate(self.kv_cache_config.kv_cache_groups)
+            if set(group.layer_names) - self.speculator.draft_attn_layer_names
+        )
+
+    def _target_layers(self) -> KVLayers:
+        """The target's caches; one KV cache group, as hybrid targets are refused."""
+        if self._layers is None:
+            names = self.kv_cache_config.kv_cache_groups[self._target_gid()].layer_names
+            context = self.compilation_config.static_forward_context
+            draft = self.speculator.draft_attn_layer_names
+            self._layers = KVLayers.of([context[n].kv_cache for n in names if n not in draft])
+        return self._layers
+
+    def _temperatures(self, input_batch: InputBatch) -> Ints:
+        """[num_reqs] 0 for greedy requests, 1 for sampled ones."""
+        assert self.sampler is not None
+        temperature = self.sampler.sampling_states.temperature.np
+        return (temperature[input_batch.idx_mapping_np] > 0).astype(np.int64)
+
+    # ---- step: drafting
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        self._drafts = None
+        with CLOCK.span("sample_tokens"):
+            output = super().sample_tokens(grammar_output)
+        self._publish()
+        return output
+
+    def take_draft_token_ids(self) -> DraftTokenIds | None:
+        return self._drafts
+
+    def _draft(self, input_batch: InputBatch, aux_hidden_states: list[torch.Tensor]) -> None:
+        """Called by the speculator in place of its own drafting."""
+        req_ids = input_batch.req_ids
+        starts = input_batch.query_start_loc_np[: len(req_ids) + 1].astype(np.int64)
+        rows, num_tokens = true_rows(self._step, starts)
+        computed = input_batch.num_computed_tokens_np.astype(np.int64)
+        # A request whose prompt is not read to its end emits nothing yet.
+        emits = computed + np.diff(starts) >= input_batch.prefill_len_np
+        true_lens = computed + num_tokens
+        prompt_lens = self.req_states.prompt_len.np[input_batch.idx_mapping_np]
+        limits = self._max_nodes(req_ids, emits.tolist(), (true_lens + 1 - prompt_lens).tolist())
+        limits = np.where(true_lens <= self.speculator.max_context(), limits, 0)
+        followed = np.array([self._reason(req_id) is None for req_id in req_ids])
+        tokens = self._true_tokens(input_batch, aux_hidden_states, rows, num_tokens, emits)
+        with CLOCK.span("draft"):
+            drafts = self.controller.draft(
+                req_ids,
+                tokens,
+                limits,
+                followed,
+                self._temperatures(input_batch),
+                self._step.num_tokens,
+            )
+        self._drafts = DraftTokenIds(req_ids, drafts)
+
+    def _true_tokens(
+        self,
+        input_batch: InputBatch,
+        aux_hidden_states: list[torch.Tensor],
+        rows: Ints,  # [num_true_tokens] of the step
+        num_tokens: Ints,  # [num_reqs]
+        emits: np.ndarray,  # [num_reqs] bool
+    ) -> TrueTokens:
+        states = input_batch.idx_mapping
+        index = torch.from_numpy(rows).to(self.device)
+        next_token_ids = torch.where(
+            torch.from_numpy(emits).to(self.device),
+            self.req_states.last_sampled_tokens[states, 0],
+            self.req_states.next_prefill_tokens[0, states],
+        )
+        table = self.block_tables.input_block_tables[self.speculator.kv_cache_gid]
+        return TrueTokens(
+            token_ids=input_batch.input_ids[index],
+            positions=input_batch.positions[index],
+            features=torch.cat([hidden[index] for hidden in aux_hidden_states], dim=-1),
+            num_tokens=num_tokens,
+            next_token_ids=next_token_ids.int(),
+            block_table=table[: input_batch.num_reqs],
+        )

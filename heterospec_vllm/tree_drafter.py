@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TreeDrafter: how an EAGLE-3 head drafts token trees for a whole batch, one forward pass a level, on any runner.
+
+The first pass feeds the head true tokens (target features and the token that followed each), so its KV pages hold true
+tokens only. Every further level expands the nodes that the policy names. How a pass is run is the business of the
+model runner: ``drafter.py`` for V1, ``speculator.py`` for V2.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from heterospec_vllm import level_loops
+from heterospec_vllm.growth import Parents, children_of, level_of
+from heterospec_vllm.policies import Batch, DraftPolicy
+from heterospec_vllm.policy import Bools, in_beam
+from heterospec_vllm.taps import TapFusion
+from heterospec_vllm.timing import CLOCK
+from heterospec_vllm.tree import CandidatePool, DraftTrees, Floats, Ints
+from heterospec_vllm.true_tokens import (
+    TrueTokens,
+    parts_of,
+    requests_of,
+    slots_of,
+    without_start,
+)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What one draft produced: the candidates, the trees cut out of them, and how far it went."""
+
+    pool: CandidatePool
+    trees: DraftTrees
+    num_levels: int  # beyond the first
+    seconds: float
+
+
+@dataclass
+class Frontier:
+    """The nodes of one level that are expanded next, and the head's rows that stand for them, request by request."""
+
+    slots: Ints  # [num_reqs, width] their candidate column in the level, NO_ROW padded
+    rows: Ints  # [num_reqs, width] their row in the head's batch, NO_ROW padded
+    reqs: torch.Tensor  # [num_rows] request of each row
+    tokens: torch.Tensor  # [num_rows]
+    query_start_loc: torch.Tensor  # [num_reqs + 1] int32
+    hidden: torch.Tensor  # [num_rows, hidden_size] output for their parents
+    tail: torch.Tensor  # [num_rows, level - 1] scratch rows of their ancestors
+
+    @property
+    def num_rows(self) -> int:
+        return self.tokens.shape[0]
+
+
+class TreeDrafter:
+    """Grows trees level by level. A subclass, which is also vLLM's proposer or speculator, says how a pass is run."""
+
+    num_speculative_tokens: int
+    max_num_tokens: int
+    max_model_len: int
+    model: Any
+    device: torch.device
+
+    def start_drafting(self) -> None:
+        """To be called once by the subclass's constructor."""
+        self.first_pass_seconds = 0.0  # of the latest first pass
+        self._first_pass_tokens = 0
+        self._silent = False
+
+    # ---- what a model runner's side provides
+
+    def _first_pass_of(self, tokens: TrueTokens) -> HeadContext:
+        """Run the head over true tokens that fit its buffers, their KV into its pages."""
+        raise NotImplementedError
+
+    def _run_head(
+        self,
+        num_tokens: int,
+        layer_metadata: dict[str, object] | None,  # None: a dummy pass without attention
+        slots: dict[str, torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One head pass over the input buffers: (normed output for the logits, output fed to the next level)."""
+        raise NotImplementedError
+
+    def _head_block_size(self) -> int:
+        """Tokens of a KV block of the head."""
+        raise NotImplementedError
+
+    def _most_expanded(self, policy: DraftPolicy, num_reqs: int) -> int:
+        """Most nodes of a request that are expanded in one level."""
+        raise NotImplementedError
+
+    def _begin_levels(self, num_rows: int) -> None:
+        """A new tree: at most so many nodes will be expanded for the batch."""
+        raise NotImplementedError
+
+    def _forward_level(
+        self, level: int, first_row: int, frontier: Frontier, context: HeadContext
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Run the head over a frontier: (normed output, output, rows of each node and its ancestors).
+
+        first_row: nodes expanded in the levels before, which are the first rows.
+        """
+        raise NotImplementedError
+
+    def _top_children(
+        self,
+        normed: torch.Tensor,  # [num_rows, hidden_size]
+        top_k: int,
+    ) -> tuple[Ints, Floats]:
+        """The ``top_k`` likeliest next tokens of each row (target ids) and their log-probabilities."""
+        raise NotImplementedError
+
+    # ---- a draft
+
+    @contextmanager
+    def silent(self) -> Iterator[None]:
+        """Dummy runs of the target leave the head out: they are timed."""
+        self._silent = True
+        try:
+            yield
+        finally:
+            self._silent = False
+
+    @torch.inference_mode()
+    def propose_trees(
+        self,
+        policy: DraftPolicy,
+        batch: Batch,  # the requests to draft for
+        drafting: Ints,  # [num_drafting] their places among those of ``true_tokens``
+        true_tokens: TrueTokens,
+    ) -> Draft | None:
+        """Bring the head's KV up to date with the true tokens, then draft a tree for some of the requests."""
+        with CLOCK.span("draft: true tokens"):
+            context = self._first_pass(true_tokens)
+        if not drafting.size:
+            return None
+        if drafting.size < context.seq_lens.shape[0]:
+            context = context.take(torch.from_numpy(drafting))
+        start = time.perf_counter() - self.first_pass_seconds
+        with CLOCK.span("draft: levels"):
+            levels = self._expand(policy, batch, context)
+        with CLOCK.span("draft: cut the tree"):
+            pool = CandidatePool.concatenate(levels) if len(levels) > 1 else levels[0]
+            order = pool.order(self.num_speculative_tokens)
+            survivals = pool.survivals[np.arange(order.shape[0])[:, None], order]
+            seconds = time.perf_counter() - start
+            num_nodes = policy.propose(batch, survivals, seconds)
+            trees = DraftTrees.from_pool(pool, num_nodes, order)
+        return Draft(pool, trees, len(levels) - 1, seconds)
+
+    def _first_pass(self, tokens: TrueTokens) -> HeadContext:
+        """Runs over the true tokens in parts that fit the head's buffers."""
+        start = time.perf_counter()
+        self._first_pass_tokens = int(tokens.num_tokens.sum())
+        tokens = self._shortened(tokens)
+        parts = parts_of(tokens.num_tokens, self.max_num_tokens)
+        contexts = [self._first_pass_of(requests_of(tokens, part)) for part in parts]
+        self.first_pass_seconds = time.perf_counter() - start
+        if len(contexts) == 1:
+            return contexts[0]
+        return HeadContext(
+            *(torch.cat([getattr(c, f.name) for c in contexts]) for f in fields(HeadContext))
+        )
+
+    def _shortened(self, tokens: TrueTokens) -> TrueTokens:
+        """Runs the head over the starts of requests that are longer than its buffers and returns what is left."""
+        most = self.max_num_tokens
+        for req in np.flatnonzero(tokens.num_tokens > most).tolist():
+            alone = requests_of(tokens, slice(req, req + 1))
+            for start in range(0, int(tokens.num_tokens[req]) - most, most):
+                rows = slice(start, start + most)
+                self._first_pass_of(
+                    TrueTokens(
+                        token_ids=alone.token_ids[rows],
+                        positions=alone.positions[rows],
+                        features=alone.features[rows],
+                        num_tokens=np.array([most]),
+                        next_token_ids=alone.token_ids[rows.stop : rows.stop + 1].int(),
+                        block_table=alone.block_table,
+                    )
+                )
+            tokens = without_start(tokens, req, rows.stop)
+        return tokens
+
+    @cached_property
+    def _fuse_taps(self) -> TapFusion:
+        return TapFusion(self.model)
+
+    def _true_token_metadata(self, tokens: TrueTokens) -> CommonAttentionMetadata:
+        """Causal metadata over the true tokens; a token's slot follows from its position."""
+        num_tokens = tokens.num_tokens
+        start = np.zeros(num_tokens.size + 1, dtype=np.int64)
+        np.cumsum(num_tokens, out=start[1:])
+        query_start_loc = torch.from_numpy(start).int()
+        seq_lens = (tokens.positions[torch.from_numpy(start[1:] - 1)] + 1).int()
+        seq_lens_cpu = seq_lens.cpu()
+        return CommonAttentionMetadata(
+            query_start_loc=query_start_loc.to(self.device),
+            query_start_loc_cpu=query_start_loc,
+            seq_lens=seq_lens,
+            seq_lens_cpu_upper_bound=seq_lens_cpu,
+            num_reqs=num_tokens.size,
+            num_actual_tokens=int(start[-1]),
+            max_query_len=int(num_tokens.max()),
+            max_seq_len=int(seq_lens_cpu.max()),
+            block_table_tensor=tokens.block_table,
+            slot_mapping=slots_of(tokens, self._head_block_size()),
+            causal=True,
+        )
+
+    def _expand(
+        self, policy: DraftPolicy, batch: Batch, context: HeadContext
+    ) -> list[CandidatePool]:
+        """Grow the candidates level by level, from the nodes that the policy finds worth it."""
+        num_reqs, top_k = context.seq_lens.shape[0], policy.shape.top_k
+        parent = Parents.roots(num_reqs)
+        rows = np.arange(num_reqs)[:, None]
+        normed, hidden = context.normed, context.hidden
+        tail = torch.empty((num_reqs, 0), dtype=torch.int64)
+        most = self._most_expanded(policy, num_reqs)
+        pools: list[CandidatePool] = []
+        meta_entropies = np.zeros(num_reqs, dtype=np.float32)
+        pool_size, first_row, depth, start = 0, 0, 0, 0.0
+        while True:
+            depth += 1
+            if depth == 1:
+                start = time.perf_counter()
+            tokens, local = self._top_children(normed, top_k)
+            level_pool = children_of(policy, batch, depth, parent, rows, tokens, local)
+            pools.append(level_pool)
+            seconds = time.perf_counter() - start
+            if depth == 1:
+                self.first_pass_seconds += seconds
+                policy.observe_first_pass(self._first_pass_tokens, self.first_pass_seconds)
+            else:
+                policy.observe_level(len(normed), seconds)
+                shape = (*rows.shape, top_k)
+                policy.observe_children(
+                    batch, depth - 1, parent.strata, parent.survivals,
+                    level_pool.survivals.reshape(shape),
+                )  # fmt: skip
+            if depth >= policy.max_depth:
+                break
+            start = time.perf_counter()
+            level = level_of(policy, depth, level_pool, parent, meta_entropies)
+            chosen = policy.expand(batch, level)
+            frontier = self._frontier(chosen, level_pool, rows, hidden, tail, most)
+            if not frontier.num_rows:
+                break
+            if not first_row:
+                self._begin_levels(num_reqs * most * (policy.max_depth - 1))
+            normed, hidden, tail = self._forward_level(depth, first_row, frontier, context)
+            first_row += frontier.num_rows
+            parent = Parents.of(frontier.slots, level_pool, pool_size)
+            rows = frontier.rows
+            pool_size += level_pool.tokens.shape[1]
+        return pools
+
+    def _frontier(
+        self,
+        chosen: Bools,  # [num_reqs, num_candidates]
+        level_pool: CandidatePool,
+        rows: Ints,  # [num_reqs, width] head rows of the level's parents
+        hidden: torch.Tensor,  # [num_parent_rows, hidden_size]
+        tail: torch.Tensor,  # [num_parent_rows, level - 1]
+        most: int,  # nodes of a request
+    ) -> Frontier:
+        """The chosen candidates packed to the left, with what the head needs of their parents."""
+        if chosen.sum(axis=1).max() > most:
+            chosen = chosen & in_beam(np.where(chosen, level_pool.log_probs, -np.inf), most)
+        slots, own_rows, reqs, parents, tokens, start = level_loops.frontier(
+            chosen, rows, level_pool.tokens
+        )
+        parent_rows = torch.from_numpy(parents)
+        return Frontier(
+            slots=slots,
+            rows=own_rows,
+            reqs=torch.from_numpy(reqs),
+            tokens=torch.from_numpy(tokens),
+            query_start_loc=torch.from_numpy(start),
+            hidden=hidden[parent_rows],
+            tail=tail[parent_rows],
+        )
+
+
+@dataclass(frozen=True)
+class HeadContext:
+    """What the first pass leaves for the levels: the prefix in the pages and the root's output."""
+
+    seq_lens: torch.Tensor  # [num_reqs] int32, true tokens in the head's pages
+    block_table: torch.Tensor  # [num_reqs, max_blocks] int32
+    normed: torch.Tensor  # [num_reqs, hidden_size] for the logits of level 1
+    hidden: torch.Tensor  # [num_reqs, hidden_size] fed back into level 1
+    positions: torch.Tensor  # [num_reqs] of each request's last true token
+
+    def take(self, reqs: torch.Tensor) -> HeadContext:
+        """The context of some requests."""
+        return HeadContext(*(getattr(self, f.name)[reqs] for f in fields(self)))
