@@ -146,13 +146,16 @@ def _wrap_create_speculative_config(original: Callable[..., Any]) -> Callable[..
             config.METHOD: config.ConfigCarrier(ours, str(path)),
         }
         # ParallelConfig exists already, so engine_args.worker_cls would come too late.
-        target_parallel_config.worker_cls = (
-            CPU_WORKER if compat.platform_name() == "cpu" else GPU_WORKER
-        )
+        target_parallel_config.worker_cls = worker_class()
         logger.info("heterospec: %s", ours)
         return speculative_config
 
     return create_speculative_config
+
+
+def worker_class() -> str:
+    """The worker that vLLM starts on this platform."""
+    return CPU_WORKER if compat.platform_name() == "cpu" else GPU_WORKER
 
 
 def _checked_config(

@@ -208,6 +208,7 @@ class BenchSpec(_Spec):
     goodput: dict[Literal["ttft", "tpot", "e2el"], float] | None = None  # milliseconds
     max_engines: int | None = Field(None, ge=2)  # loaded at once; default: what fits in memory
     kv_cache_gib: int = Field(2, ge=1)  # of each engine
+    gpu_memory_utilization: float = Field(0.4, gt=0, le=1)  # of each engine, on GPUs only
 
     @property
     def margin(self) -> float:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from heterospec_vllm.compat import platform_name
+
 if TYPE_CHECKING:
     from heterospec_vllm.bench.contenders import Contender
     from heterospec_vllm.bench.spec import BenchSpec, System
@@ -131,6 +133,16 @@ def _kv_cache_space(gib: int) -> Iterator[None]:
             del os.environ[KV_CACHE_SPACE]
 
 
+def _gpu_memory(spec: BenchSpec) -> dict[str, Any]:
+    """Arguments that let several engines share a GPU; on CPU the environment says it."""
+    if platform_name() == "cpu":
+        return {}
+    return {
+        "kv_cache_memory_bytes": spec.kv_cache_gib * 2**30,
+        "gpu_memory_utilization": spec.gpu_memory_utilization,
+    }
+
+
 def _pair(spec: BenchSpec, console: Console) -> tuple[str, str]:
     """(target, head), prepared where the spec names none."""
     from heterospec_vllm.demo_model_cache import default_cache_dir, prepare_target, shipped_head
@@ -160,7 +172,7 @@ class _Maker:
             arguments = offline_arguments(
                 self._target, spec.dtype, spec.max_model_len, self._most, config
             )
-            return OfflineContender(arguments)
+            return OfflineContender({**arguments, **_gpu_memory(spec)})
         if systems[0].policy is not None and config is not None:
             config = {**config, **systems[0].policy}
         served = ServedSystem(

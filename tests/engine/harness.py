@@ -23,12 +23,14 @@ ENVIRONMENT = {
 }
 
 
-def run_engine(job: dict[str, Any], folder: Path, timeout: int = 1800) -> dict[str, Any]:
+def run_engine(
+    job: dict[str, Any], folder: Path, timeout: int = 1800, driver: Path | None = None
+) -> dict[str, Any]:
     """The driver's results; on failure the end of its log is the assertion's message."""
     folder.mkdir(parents=True, exist_ok=True)
     job_file, out_file, log_file = folder / "job.json", folder / "out.json", folder / "log.txt"
     job_file.write_text(json.dumps(job))
-    driver = Path(__file__).with_name("driver.py")
+    driver = driver or Path(__file__).with_name("driver.py")
     with log_file.open("w") as log:
         done = subprocess.run(
             [sys.executable, str(driver), str(job_file), str(out_file)],

@@ -16,20 +16,22 @@ HIDDEN, HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS, NUM_LAYERS = 128, 64, 4, 2, 6
 MIXING = 0.25
 
 
-def make_target(folder: Path, vocab_size: int, spread: float = 4.0) -> Path:
+def make_target(
+    folder: Path, vocab_size: int, spread: float = 4.0, num_layers: int = NUM_LAYERS
+) -> Path:
     """A random Llama; `spread` is the standard deviation of its logits."""
     torch.manual_seed(0)
     embedding = torch.nn.functional.normalize(torch.randn(vocab_size, HIDDEN)) * HIDDEN**0.5
     weights = {"model.embed_tokens.weight": embedding}
-    for i in range(NUM_LAYERS):
+    for i in range(num_layers):
         weights |= _layer(f"model.layers.{i}.", HIDDEN)
     weights["model.norm.weight"] = torch.ones(HIDDEN)
     weights["lm_head.weight"] = torch.randn(vocab_size, HIDDEN) * spread / HIDDEN**0.5
-    return _save(folder, _config("LlamaForCausalLM", NUM_LAYERS, vocab_size), weights)
+    return _save(folder, _config("LlamaForCausalLM", num_layers, vocab_size), weights)
 
 
-def make_head(folder: Path, target: Path) -> Path:
-    """A head in vLLM's eagle3 form with taps 1, 2, 4 and the target's vocabulary."""
+def make_head(folder: Path, target: Path, taps: tuple[int, int, int] = (1, 2, 4)) -> Path:
+    """A head in vLLM's eagle3 form with three taps and the target's vocabulary."""
     lm_head = load_file(target / "model.safetensors")["lm_head.weight"]
     weights = _layer("midlayer.", 2 * HIDDEN)
     eye, none = torch.eye(HIDDEN), torch.zeros(HIDDEN, HIDDEN)
@@ -49,7 +51,7 @@ def make_head(folder: Path, target: Path) -> Path:
     weights["fc.weight"] = torch.zeros(HIDDEN, 3 * HIDDEN)
     config = _config("LlamaForCausalLMEagle3", 1, lm_head.shape[0])
     config["draft_vocab_size"] = lm_head.shape[0]
-    config["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": [1, 2, 4]}
+    config["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": list(taps)}
     return _save(folder, config, weights)
 
 

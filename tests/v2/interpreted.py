@@ -25,9 +25,12 @@ def install() -> None:
     """CPU_ATTN becomes vLLM's Triton backend, with trees; our worker is the interpreted one."""
     import torch
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+    from vllm.v1.sample.ops import topk_topp_sampler
 
     from heterospec_vllm import wraps
 
+    # The interpreter cannot run vLLM's own kernel for top-k and top-p; vLLM has the same in PyTorch.
+    topk_topp_sampler.apply_top_k_top_p_triton = topk_topp_sampler.apply_top_k_top_p_pytorch
     # vLLM's Triton backend asks for it when it stores keys and values.
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
     register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}_parts.InterpretedBackend")

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model Runner V2 with the embedded model and its head, and under memory pressure; long under the interpreter."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import assert_speculated, divergences, run_engine
+from test_identity_v2 import BACKEND, DRIVER, GREEDY, TREE, VOCAB, _prompts
+from tiny_model import make_head, make_target
+
+pytestmark = [pytest.mark.engine, pytest.mark.full]
+
+QUESTIONS = [
+    "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n",
+    "<|im_start|>user\nCount from one to ten.<|im_end|>\n<|im_start|>assistant\n",
+]
+
+
+def _both(engine: dict[str, Any], head: str, runs: list[dict[str, Any]], folder: Path):
+    speculative = {"method": "heterospec", "model": head, "policy": "static", **TREE}
+    plain = run_engine({"engine": engine, "runs": runs}, folder / "plain", 7200, DRIVER)
+    ours = run_engine(
+        {"engine": {**engine, "speculative_config": speculative}, "runs": runs},
+        folder / "ours",
+        7200,
+        DRIVER,
+    )
+    return plain, ours
+
+
+def test_embedded_model_and_head(tmp_path: Path) -> None:
+    from rich.console import Console
+
+    from heterospec_vllm.demo_model_cache import default_cache_dir, prepare_target, shipped_head
+
+    engine = {
+        "model": str(prepare_target(default_cache_dir(), Console())),
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 128,
+        "max_num_seqs": 2,
+        "max_num_batched_tokens": 64,
+        "enable_prefix_caching": False,
+        **BACKEND,
+    }
+    runs = [{"name": "answers", "prompts": QUESTIONS, "sampling": {**GREEDY, "max_tokens": 16}}]
+    plain, ours = _both(engine, str(shipped_head()), runs, tmp_path)
+    assert divergences(plain["answers"], ours["answers"]) == []
+    assert "Paris" in ours["answers"]["answers"][0][0]["text"]
+    assert_speculated(ours["answers"]["counters"], min_depth=1)
+
+
+def test_preemption(tmp_path: Path) -> None:
+    target = make_target(tmp_path / "target", VOCAB, num_layers=2)
+    head = make_head(tmp_path / "head", target, taps=(0, 1, 2))
+    engine = {
+        "model": str(target),
+        "skip_tokenizer_init": True,
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 96,
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 64,
+        "enable_prefix_caching": False,
+        "block_size": 16,
+        "num_gpu_blocks_override": 13,
+        **BACKEND,
+    }
+    runs = [
+        {
+            "name": "pressure",
+            "prompts": _prompts([30, 33, 28, 31]),
+            "sampling": {**GREEDY, "max_tokens": 40},
+        }
+    ]
+    plain, ours = _both(engine, str(head), runs, tmp_path)
+    assert divergences(plain["pressure"], ours["pressure"]) == []
+    assert ours["pressure"]["preemptions"] > 0
+    assert_speculated(ours["pressure"]["counters"], min_depth=2)
