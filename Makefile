@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 # text models without them.
 BROKEN := torchvision torchaudio torchcodec
 
-.PHONY: help install demo serve test test-full bench-smoke gpu-check gpu-serve-check quality clean
+.PHONY: help install demo serve test test-full bench-smoke aot gpu-check gpu-serve-check quality clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -43,6 +43,9 @@ bench-smoke: install ## ratios to plain vLLM and to its best chain, below ten mi
 	$(BIN)/python -m pip install --quiet -e '.[bench]'
 	folder=$$(mktemp -d) && $(BIN)/heterospec bench benchmarks/smoke.yaml --output $$folder \
 		--thresholds benchmarks/thresholds.yaml; code=$$?; rm -rf $$folder; exit $$code
+
+aot: install ## compile every Triton kernel for real GPUs, without one
+	$(BIN)/python -m heterospec_vllm.kernels.aot
 
 gpu-check: ## the kernels' tests and timings on this machine's GPU; needs torch and triton only
 	$(or $(GPU_PYTHON),python3) tools/gpu_check.py $(if $(JSON),--json $(JSON))

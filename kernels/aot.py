@@ -15,6 +15,7 @@ with 2 if the request itself is wrong.
 
 import argparse
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -185,6 +186,25 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def _check_all(work: list[tuple[AotConfig, Target]], compile_one: Compile) -> list[Row]:
+    """All configurations, on all processors where the real compiler runs."""
+    if compile_one is not compile_config or len(work) < 4:
+        return [check_config(config, target, compile_one) for config, target in work]
+    # Forked, as kernels cannot be pickled: the children know the list.
+    context = multiprocessing.get_context("fork")
+    global _work
+    _work = work
+    with context.Pool(len(os.sched_getaffinity(0))) as pool:
+        return pool.map(_check_at, range(len(work)), chunksize=1)
+
+
+_work: list[tuple[AotConfig, Target]] = []
+
+
+def _check_at(index: int) -> Row:
+    return check_config(*_work[index])
+
+
 def main(
     argv: Sequence[str] | None = None,
     configs: Sequence[AotConfig] | None = None,
@@ -204,7 +224,7 @@ def main(
         print(f"no kernel's name contains {arguments.kernel!r}", file=sys.stderr)
         return 2
     targets = [t for t in TARGETS if not arguments.target or t.name in arguments.target]
-    rows = [check_config(c, t, compile_one) for c in chosen for t in targets]
+    rows = _check_all([(c, t) for c in chosen for t in targets], compile_one)
     print(json.dumps([row.as_json() for row in rows], indent=1) if arguments.json else table(rows))
     failed = [row for row in rows if row.problem]
     if failed:

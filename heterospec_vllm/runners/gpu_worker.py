@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+from vllm.logger import init_logger
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker import gpu_worker
 
 from heterospec_vllm.runners.worker_calls import WorkerCalls
+
+logger = init_logger(__name__)
 
 _BACKENDS = {
     AttentionBackendEnum.FLASH_ATTN: "heterospec_vllm.attention.flash.HeteroSpecFlashBackend",
@@ -23,6 +26,10 @@ class HeteroSpecGPUWorker(WorkerCalls, gpu_worker.Worker):
                 "heterospec: model runner: found V1, allowed on GPUs: V2 (unset "
                 "VLLM_USE_V2_MODEL_RUNNER; vLLM's log says which option asks for V1)"
             )
+        logger.warning(
+            "heterospec: the GPU path is proven under Triton's interpreter and has not been run on "
+            "a GPU by its authors; `make gpu-check` in a checkout tests it on this one."
+        )
         for backend, path in _BACKENDS.items():
             register_backend(backend, path)
         super().init_device()

@@ -36,7 +36,7 @@ def _sampled(count: int, **params: Any) -> list[dict[str, Any]]:
 
 
 # More requests than run at once, prompts longer than a step's budget: chunks of prompts beside trees.
-RAGGED = _prompts([1, 5, 40, 17, 12, 3])
+RAGGED = _prompts([1, 5, 44, 17, 12, 3])
 RUNS: list[dict[str, Any]] = [
     {
         "name": "greedy",
@@ -89,7 +89,7 @@ def _engine(target: Path, **arguments: Any) -> dict[str, Any]:
         "enforce_eager": True,
         "max_model_len": 64,
         "max_num_seqs": 4,
-        "max_num_batched_tokens": 32,
+        "max_num_batched_tokens": 64,
         "enable_prefix_caching": False,
         **BACKEND,
         **arguments,
