@@ -30,8 +30,8 @@ from heterospec_vllm.tree import Floats, Ints
 from heterospec_vllm.tree_drafter import Frontier, HeadContext, TreeDrafter
 from heterospec_vllm.true_tokens import TrueTokens
 
-# (batch, tap states of the step's tokens) -> nothing: the runner's side of a draft
-OnPropose = Callable[[InputBatch, list[torch.Tensor]], None]
+# (batch, tap states of the step's tokens, whether drafts can be used) -> nothing: the runner's side of a draft
+OnPropose = Callable[[InputBatch, list[torch.Tensor], bool], None]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,9 @@ class HeteroSpecSpeculator(TreeDrafter, EagleSpeculator):
         if not kwargs.get("dummy_run"):
             assert self.on_propose is not None
             aux_hidden_states = args[3]
-            self.on_propose(input_batch, aux_hidden_states)
+            # vLLM 0.33 asks for none where every request ends with this step or is still read.
+            wanted = kwargs.get("num_speculative_tokens") != 0
+            self.on_propose(input_batch, aux_hidden_states, wanted)
         elif not self._silent:
             # Two passes show what memory a draft takes.
             kwargs["num_speculative_tokens"] = min(2, self.num_speculative_steps)

@@ -122,8 +122,8 @@ class TreeImpl:
         self,
         layer: Any,
         query: torch.Tensor,  # [num_tokens, num_heads, head_size]
-        key: torch.Tensor,  # [num_tokens, num_kv_heads, head_size]
-        value: torch.Tensor,  # [num_tokens, num_kv_heads, head_size]
+        key: torch.Tensor | None,  # [num_tokens, num_kv_heads, head_size]
+        value: torch.Tensor | None,  # [num_tokens, num_kv_heads, head_size]
         kv_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, 2 * head_size]
         attn_metadata: Any,
         output: torch.Tensor,  # [num_tokens, num_heads, head_size]
@@ -154,8 +154,9 @@ class TreeImpl:
             super().forward(  # type: ignore[misc]
                 layer,
                 query[first:],
-                key[first:],
-                value[first:],
+                # None where a fused operation of vLLM 0.33 has stored them already.
+                None if key is None else key[first:],
+                None if value is None else value[first:],
                 kv_cache,
                 attn_metadata.rest,
                 output[first:],

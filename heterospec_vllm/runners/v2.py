@@ -227,7 +227,9 @@ class HeteroSpecGPUModelRunner(SpeculatingRunner, GPUModelRunner):
     def take_draft_token_ids(self) -> DraftTokenIds | None:
         return self._drafts
 
-    def _draft(self, input_batch: InputBatch, aux_hidden_states: list[torch.Tensor]) -> None:
+    def _draft(
+        self, input_batch: InputBatch, aux_hidden_states: list[torch.Tensor], wanted: bool
+    ) -> None:
         """Called by the speculator in place of its own drafting."""
         req_ids = input_batch.req_ids
         starts = input_batch.query_start_loc_np[: len(req_ids) + 1].astype(np.int64)
@@ -238,7 +240,8 @@ class HeteroSpecGPUModelRunner(SpeculatingRunner, GPUModelRunner):
         true_lens = computed + num_tokens
         prompt_lens = self.req_states.prompt_len.np[input_batch.idx_mapping_np]
         limits = self._max_nodes(req_ids, emits.tolist(), (true_lens + 1 - prompt_lens).tolist())
-        limits = np.where(true_lens <= self.speculator.max_context(), limits, 0)
+        fits = true_lens <= self.speculator.max_context()
+        limits = np.where(fits & wanted, limits, 0)
         followed = np.array([self._reason(req_id) is None for req_id in req_ids])
         tokens = self._true_tokens(input_batch, aux_hidden_states, rows, num_tokens, emits)
         with CLOCK.span("draft"):
