@@ -104,6 +104,9 @@ def _run(arguments: argparse.Namespace, folder: Path) -> int:
     )
     tests = "left out" if arguments.no_tests else run_tests(folder, arguments.interpret)
     print(f"kernel tests: {tests}")
+    only_gpu = [] if arguments.no_tests else gpu_tests(folder)
+    for name in only_gpu:
+        print(f"  runs on a GPU only: {name}")
     rows = compare_and_time(device, roof, small=arguments.interpret)
     print(table(rows))
     if arguments.json:
@@ -113,6 +116,7 @@ def _run(arguments: argparse.Namespace, folder: Path) -> int:
             "triton": triton.__version__,
             "roof": asdict(roof),
             "tests": tests,
+            "gpu_only_tests": only_gpu,
             "kernels": [asdict(row) for row in rows],
         }
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
@@ -154,7 +158,7 @@ def run_tests(folder: Path, interpret: bool) -> str:
     missing = [name for name in TEST_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         return f"not run, missing packages: {', '.join(missing)}"
-    files = [str(ROOT / "tests" / "kernels" / f"test_{name}.py") for name in TESTS]
+    files = _test_files()
     if interpret:
         files = files[:1]
     environment = {**os.environ, "PYTHONPATH": str(folder)}
@@ -176,9 +180,33 @@ def run_tests(folder: Path, interpret: bool) -> str:
     return f"passed: {last}"
 
 
+def gpu_tests(folder: Path) -> list[str]:
+    """The tests marked `gpu`, which nothing but a GPU runs; [] without pytest."""
+    if importlib.util.find_spec("pytest") is None:
+        return []
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu"]
+    done = subprocess.run(
+        [*command, "-p", "no:cacheprovider", *_test_files()],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    return [line for line in done.stdout.splitlines() if "::" in line]
+
+
+def _test_files() -> list[str]:
+    return [str(ROOT / "tests" / "kernels" / f"test_{name}.py") for name in TESTS]
+
+
 def compare_and_time(device, roof: Roof, small: bool) -> list[Row]:
     from gpu_cases import all_cases
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources
 
+    # Device faults are RuntimeErrors; the compilers raise the rest.
+    failures = (RuntimeError, ValueError, TypeError, KeyError, CompilationError, OutOfResources)
     rows = []
     for case in all_cases(device, small):
         try:
@@ -186,7 +214,7 @@ def compare_and_time(device, roof: Roof, small: bool) -> list[Row]:
             status = inputs.difference() or "ok"
             seconds = median_seconds(inputs.run, device)
             reference = median_seconds(inputs.reference, device) if inputs.reference else None
-        except Exception as error:  # a kernel that fails to compile must not hide the others
+        except failures as error:  # a kernel that fails to compile must not hide the others
             rows.append(Row(case.kernel, case.name, f"{type(error).__name__}: {error}"[:300], 0))
             continue
         rows.append(
