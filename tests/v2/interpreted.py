@@ -30,8 +30,12 @@ def install() -> None:
     from heterospec_vllm import wraps
 
     # The interpreter cannot run vLLM's own kernel for top-k and top-p; vLLM has the same in PyTorch.
-    topk_topp_sampler.apply_top_k_top_p_triton = topk_topp_sampler.apply_top_k_top_p_pytorch
+    in_torch = topk_topp_sampler.apply_top_k_top_p_pytorch
+    # vLLM 0.33 also says which of the two a row asks for, which only its kernel uses.
+    topk_topp_sampler.apply_top_k_top_p_triton = lambda logits, k, p, **_: in_torch(logits, k, p)
     # vLLM's Triton backend asks for it when it stores keys and values.
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
-    register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}_parts.InterpretedBackend")
+    # Without trees it stands for a backend that has no tree kernel.
+    name = os.environ.get("INTERPRETED_BACKEND", "InterpretedBackend")
+    register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}_parts.{name}")
     wraps.CPU_WORKER = f"{__name__}_parts.InterpretedWorker"

@@ -10,7 +10,7 @@ from heterospec_vllm.runners.v2 import HeteroSpecGPUModelRunner
 from heterospec_vllm.runners.worker_calls import WorkerCalls
 
 
-class _Named(with_trees(TritonAttentionBackend, __name__, "_Trees")):
+class _Named:
     """vLLM's CPU platform asks for a backend of this name."""
 
     @staticmethod
@@ -18,7 +18,12 @@ class _Named(with_trees(TritonAttentionBackend, __name__, "_Trees")):
         return "CPU_ATTN"
 
 
-InterpretedBackend = _Named
+class InterpretedBackend(_Named, with_trees(TritonAttentionBackend, __name__, "_Trees")):
+    """vLLM's Triton backend with trees."""
+
+
+class PlainBackend(_Named, TritonAttentionBackend):
+    """vLLM's Triton backend as it is."""
 
 
 class InterpretedRunner(HeteroSpecGPUModelRunner, cpu_v2.CPUModelRunner):

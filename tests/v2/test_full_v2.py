@@ -78,3 +78,28 @@ def test_preemption(tmp_path: Path) -> None:
     assert divergences(plain["pressure"], ours["pressure"]) == []
     assert ours["pressure"]["preemptions"] > 0
     assert_speculated(ours["pressure"]["counters"], min_depth=2)
+
+
+def test_backend_without_trees_drafts_chains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INTERPRETED_BACKEND", "PlainBackend")
+    target = make_target(tmp_path / "target", VOCAB, num_layers=2)
+    head = make_head(tmp_path / "head", target, taps=(0, 1, 2))
+    engine = {
+        "model": str(target),
+        "skip_tokenizer_init": True,
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 64,
+        "max_num_seqs": 4,
+        "enable_prefix_caching": False,
+    }
+    runs = [{"name": "chains", "prompts": _prompts([9, 14]), "sampling": GREEDY}]
+    plain, ours = _both(engine, str(head), runs, tmp_path)
+    assert divergences(plain["chains"], ours["chains"]) == []
+    counters = ours["chains"]["counters"]
+    assert counters["accepted_nodes"] > 0 and counters["max_verified_depth"] > 1
+    assert counters["accepted_non_first_child"] == 0
+    log = (tmp_path / "ours" / "log.txt").read_text()
+    assert "heterospec drafts chains only, no trees: found attention backend CPU_ATTN" in log
