@@ -189,7 +189,7 @@ class HeteroSpecSpeculator(TreeDrafter, EagleSpeculator):
             self.device
         )
         self.hidden_states[:num_rows] = torch.cat([held.hidden for held in self._levels])[order]
-        positions = self._to_device(rows.levels) + context.positions[rows.reqs]
+        positions = context.positions[self._to_device(rows.reqs)] + self._to_device(rows.levels)
         buffers.positions[:num_rows] = positions
         common = self._level_metadata(rows, context)
         trees = None

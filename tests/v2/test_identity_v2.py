@@ -22,7 +22,7 @@ ON_GPU = torch.cuda.is_available()
 DRIVER = None if ON_GPU else Path(__file__).with_name("driver_v2.py")
 # float32 has no other backend with paged KV.
 BACKEND = {"attention_backend": "TRITON_ATTN"} if ON_GPU else {}
-GREEDY = {"temperature": 0.0, "max_tokens": 10, "ignore_eos": True}
+GREEDY = {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True}
 
 
 def _prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
@@ -31,30 +31,30 @@ def _prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
 
 
 def _sampled(count: int, **params: Any) -> list[dict[str, Any]]:
-    given = {"temperature": 1.0, "max_tokens": 10, "ignore_eos": True, **params}
+    given = {"temperature": 1.0, "max_tokens": 8, "ignore_eos": True, **params}
     return [{"seed": 100 + i, **given} for i in range(count)]
 
 
 # More requests than run at once, prompts longer than a step's budget: chunks of prompts beside trees.
-RAGGED = _prompts([1, 5, 44, 17, 12, 3])
+RAGGED = _prompts([1, 5, 44, 17, 12])
 RUNS: list[dict[str, Any]] = [
     {
         "name": "greedy",
         "prompts": RAGGED,
-        "sampling": [{**GREEDY, "max_tokens": 12 + 2 * i} for i in range(6)],
+        "sampling": [{**GREEDY, "max_tokens": 8 + 3 * i} for i in range(5)],
     },
     {"name": "seeded", "prompts": RAGGED[:3], "sampling": _sampled(3)},
     {
         "name": "seeded top-p top-k",
-        "prompts": RAGGED[3:6],
+        "prompts": RAGGED[3:],
         "sampling": [
-            {**s, "min_p": 0.05} if i == 2 else s
-            for i, s in enumerate(_sampled(3, temperature=0.7, top_p=0.9, top_k=8))
+            {**s, "min_p": 0.05} if i else s
+            for i, s in enumerate(_sampled(2, temperature=0.7, top_p=0.9, top_k=8))
         ],
     },
     {
         "name": "logprobs",
-        "prompts": RAGGED[3:6],
+        "prompts": RAGGED[:2] + RAGGED[4:],
         "sampling": [
             {**GREEDY, "logprobs": 3},
             {**_sampled(1)[0], "logprobs": 1},
@@ -64,7 +64,7 @@ RUNS: list[dict[str, Any]] = [
     {"name": "model length", "prompts": _prompts([50, 56], seed=3), "sampling": GREEDY},
     {
         "name": "fallbacks",
-        "prompts": RAGGED[3:6],
+        "prompts": RAGGED[:2] + RAGGED[4:],
         "sampling": [
             {**GREEDY, "repetition_penalty": 1.3},
             {**GREEDY, "extra_args": {"heterospec": "off"}},
@@ -78,7 +78,7 @@ SWITCHED = [
     {"name": "marginal", "policy": {"policy": "marginal"}},
     {"name": "random", "random_policy": {"seed": 1}},
 ]
-SWITCHED_RUN = {"prompts": RAGGED[3:5], "sampling": {**GREEDY, "max_tokens": 8}}
+SWITCHED_RUN = {"prompts": RAGGED[3:], "sampling": GREEDY}
 
 
 def _engine(target: Path, **arguments: Any) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def _engine(target: Path, **arguments: Any) -> dict[str, Any]:
         "max_model_len": 64,
         "max_num_seqs": 4,
         "max_num_batched_tokens": 64,
-        "enable_prefix_caching": False,
+        "block_size": 16,  # prompts of later runs start with blocks of earlier ones
         **BACKEND,
         **arguments,
     }
