@@ -3,7 +3,7 @@
 
 Three tables: the target's step by the tokens it verifies, the head's pass over true tokens, and a draft level by the
 nodes it expands. Each is piecewise linear between fixed knots and never falls. There are no built-in costs: values come
-from a profile or from the measurement at start-up (``runners/v1.py``), and every step corrects them.
+from a profile or from the measurement at start-up (``runners/measure.py``), and every step corrects them.
 """
 
 from __future__ import annotations

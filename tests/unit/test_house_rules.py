@@ -11,8 +11,6 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 MAX_MODULE_LINES = 400
-# One class that overrides one class of vLLM.
-LONGER_MODULES = {"heterospec_vllm/runners/v1.py": 460}
 MAX_FUNCTION_LINES = 60  # of the body: a signature with shapes, or a command's options, may be long
 
 SOURCE_SUFFIXES = {".py", ".cpp", ".h", ".hpp", ".cu", ".toml", ".sh"}
@@ -83,7 +81,7 @@ def test_modules_and_functions_stay_small() -> None:
         if path.suffix != ".py":
             continue
         text = path.read_text(encoding="utf-8")
-        if len(text.splitlines()) > LONGER_MODULES.get(name_of(path), MAX_MODULE_LINES):
+        if len(text.splitlines()) > MAX_MODULE_LINES:
             too_long.append(f"{name_of(path)}: {len(text.splitlines())} lines")
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
