@@ -18,6 +18,7 @@ from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 
+from heterospec_vllm.cache import plan_moves
 from heterospec_vllm.kernels.kv_compact import KVLayers, kv_compact
 from heterospec_vllm.kernels.tree_verify import tree_verify
 from heterospec_vllm.kernels.tree_verify_reference import SamplingKeys, TreeBatch, TreeWalks
@@ -131,8 +132,8 @@ class DeviceScorer:
     ) -> int:
         """Bring the accepted rows' keys and values into the slots that follow the context; how many moved."""
         assert self._scored is not None
-        walks, walked = self._scored.on_device, self._scored.walk
-        num_moves = int((walked.rows > np.arange(walked.rows.shape[1])).sum())
+        walks = self._scored.on_device
+        num_moves = plan_moves(self._scored.walk, root_rows).num_moves
         if num_moves:
             starts = np.append(root_rows, len(slot_mapping)).astype(np.int32)
             kv_compact(

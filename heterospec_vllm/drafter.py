@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
-from vllm.forward_context import set_forward_context
 from vllm.v1.spec_decode.eagle import EagleProposer
 
 from heterospec_vllm.attention.cpu import DraftLevelMetadata
@@ -40,6 +39,10 @@ class HeteroSpecProposer(TreeDrafter, EagleProposer):
         finally:
             self.num_speculative_tokens = num_speculative_tokens
 
+    @property
+    def _head_inputs(self) -> HeteroSpecProposer:
+        return self
+
     def _head_block_size(self) -> int:
         return self.block_size
 
@@ -68,26 +71,6 @@ class HeteroSpecProposer(TreeDrafter, EagleProposer):
             hidden=hidden[last],
             positions=self.positions[last],
         )
-
-    def _run_head(
-        self,
-        num_tokens: int,
-        layer_metadata: dict[str, object] | None,  # None: a dummy pass without attention
-        slots: dict[str, torch.Tensor],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One head pass over the input buffers: (normed output for the logits, output fed to the next level)."""
-        with (
-            CLOCK.span("head forward"),
-            set_forward_context(
-                layer_metadata, self.vllm_config, num_tokens=num_tokens, slot_mapping=slots
-            ),
-        ):
-            return self.model(
-                input_ids=self.input_ids[:num_tokens],
-                positions=self.positions[:num_tokens],
-                hidden_states=self.hidden_states[:num_tokens],
-                inputs_embeds=None,
-            )
 
     def _top_children(
         self,

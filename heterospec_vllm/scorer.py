@@ -50,12 +50,11 @@ class TreeScorer:
         num_rows = trees.num_nodes + 1
         start = np.zeros(trees.num_reqs + 1, dtype=np.int32)
         np.cumsum(num_rows, out=start[1:])
-        real = np.arange(trees.max_nodes + 1) < num_rows[:, None]
         return TreeRows(
             query_start_loc=torch.from_numpy(start),
             seq_lens=torch.from_numpy((context_lens + num_rows).astype(np.int32)),
             block_table=block_table,
-            ancestor_mask=torch.from_numpy(trees.ancestor_bitmask()[real].view(np.int64)),
+            ancestor_mask=torch.from_numpy(trees.row_masks()),
         )
 
     def walk(

@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
-from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
 
 from heterospec_vllm.attention.gpu import StepTrees, TreeBuilder
@@ -90,6 +89,10 @@ class HeteroSpecSpeculator(TreeDrafter, EagleSpeculator):
         """Why the head's layers cannot attend over trees, or None."""
         return tree_reason_of(self.attn_groups)
 
+    @property
+    def _head_inputs(self) -> InputBuffers:
+        return self.input_buffers
+
     def _head_block_size(self) -> int:
         return self.block_tables.block_sizes[self.kv_cache_gid]
 
@@ -138,25 +141,6 @@ class HeteroSpecSpeculator(TreeDrafter, EagleSpeculator):
                     builder.step_trees = None
             layer_metadata |= dict.fromkeys(group.layer_names, metadata)
         return layer_metadata, dict.fromkeys(layer_metadata, common.slot_mapping)
-
-    def _run_head(
-        self,
-        num_tokens: int,
-        layer_metadata: dict[str, object] | None,
-        slots: dict[str, torch.Tensor],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        with (
-            CLOCK.span("head forward"),
-            set_forward_context(
-                layer_metadata, self.vllm_config, num_tokens=num_tokens, slot_mapping=slots
-            ),
-        ):
-            return self.model(
-                input_ids=self.input_buffers.input_ids[:num_tokens],
-                positions=self.input_buffers.positions[:num_tokens],
-                hidden_states=self.hidden_states[:num_tokens],
-                inputs_embeds=None,
-            )
 
     def _top_children(self, normed: torch.Tensor, top_k: int) -> tuple[Ints, Floats]:
         with CLOCK.span("head logits"):

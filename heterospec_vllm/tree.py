@@ -95,6 +95,11 @@ class DraftTrees:
         real = (rows >= 1) & (rows <= self.num_nodes[:, None])
         return ~(real & (self.parents != rows - 1)).any(axis=1)
 
+    @cached_property
+    def is_row(self) -> NDArray[np.bool_]:
+        """[num_reqs, max_nodes + 1] True for the root and every node."""
+        return np.arange(self.max_nodes + 1) <= self.num_nodes[:, None]
+
     @classmethod
     def empty(cls, num_reqs: int) -> DraftTrees:
         none = np.zeros((num_reqs, 0), dtype=np.int64)
@@ -214,6 +219,10 @@ class DraftTrees:
     def ancestor_bitmask(self) -> NDArray[np.uint64]:
         """[num_reqs, max_nodes + 1] bit ``j`` of row ``r``: row ``r`` sees row ``j`` (itself and its ancestors)."""
         return tree_loops.ancestors(self.parents, self.num_nodes)
+
+    def row_masks(self) -> Ints:
+        """[num_rows] the bitmask of each row, request by request, as the attention kernels take it."""
+        return self.ancestor_bitmask()[self.is_row].view(np.int64)
 
     def children_matching(
         self,

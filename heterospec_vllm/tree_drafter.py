@@ -13,10 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from vllm.config import VllmConfig
+from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from heterospec_vllm import level_loops
@@ -62,6 +64,13 @@ class Frontier:
         return self.tokens.shape[0]
 
 
+class HeadInputs(Protocol):
+    """Buffers of one scheduler budget of tokens."""
+
+    input_ids: torch.Tensor  # [max_num_tokens]
+    positions: torch.Tensor  # [max_num_tokens]
+
+
 class TreeDrafter:
     """Grows trees level by level. A subclass, which is also vLLM's proposer or speculator, says how a pass is run."""
 
@@ -70,6 +79,8 @@ class TreeDrafter:
     max_model_len: int
     model: Any
     device: torch.device
+    vllm_config: VllmConfig
+    hidden_states: torch.Tensor  # [max_num_tokens, hidden_size]
 
     def start_drafting(self) -> None:
         """To be called once by the subclass's constructor."""
@@ -83,13 +94,9 @@ class TreeDrafter:
         """Run the head over true tokens that fit its buffers, their KV into its pages."""
         raise NotImplementedError
 
-    def _run_head(
-        self,
-        num_tokens: int,
-        layer_metadata: dict[str, object] | None,  # None: a dummy pass without attention
-        slots: dict[str, torch.Tensor],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One head pass over the input buffers: (normed output for the logits, output fed to the next level)."""
+    @property
+    def _head_inputs(self) -> HeadInputs:
+        """vLLM's buffers that a pass of the head reads, beside ``hidden_states``."""
         raise NotImplementedError
 
     def _head_block_size(self) -> int:
@@ -122,6 +129,27 @@ class TreeDrafter:
         raise NotImplementedError
 
     # ---- a draft
+
+    def _run_head(
+        self,
+        num_tokens: int,
+        layer_metadata: dict[str, object] | None,  # None: a dummy pass without attention
+        slots: dict[str, torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One head pass over the input buffers: (normed output for the logits, output fed to the next level)."""
+        inputs = self._head_inputs
+        with (
+            CLOCK.span("head forward"),
+            set_forward_context(
+                layer_metadata, self.vllm_config, num_tokens=num_tokens, slot_mapping=slots
+            ),
+        ):
+            return self.model(
+                input_ids=inputs.input_ids[:num_tokens],
+                positions=inputs.positions[:num_tokens],
+                hidden_states=self.hidden_states[:num_tokens],
+                inputs_embeds=None,
+            )
 
     @contextmanager
     def silent(self) -> Iterator[None]:

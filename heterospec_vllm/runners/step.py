@@ -27,6 +27,17 @@ class Step:
     root_rows: Ints | None = None  # [num_reqs] token row of each root
     walked: Walk | None = None
 
+    def attending(self) -> DraftTrees:
+        """The trees of the leading requests that attend as trees."""
+        assert self.trees is not None
+        count = self.num_tree_reqs
+        return self.trees.take(np.arange(count), self.trees.num_nodes[:count])
+
+
+def row_positions(trees: DraftTrees, context_lens: Ints) -> Ints:
+    """[num_rows] position of each row, request by request: it follows the depth."""
+    return (context_lens[:, None] + trees.depths)[trees.is_row]
+
 
 def true_rows(step: Step, starts: Ints) -> tuple[Ints, Ints]:
     """(rows of the step that hold true tokens, request by request, number of them for each request)."""

@@ -26,7 +26,7 @@ from heterospec_vllm.catch_up import HeadProgress
 from heterospec_vllm.drafter import HeteroSpecProposer
 from heterospec_vllm.kernels.tree_attention_cpu import is_available
 from heterospec_vllm.runners.shared import SpeculatingRunner
-from heterospec_vllm.runners.step import Step, true_rows, without_speculation
+from heterospec_vllm.runners.step import Step, row_positions, true_rows, without_speculation
 from heterospec_vllm.scorer import TreeScorer
 from heterospec_vllm.timing import CLOCK
 from heterospec_vllm.tree import Ints
@@ -133,14 +133,10 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
 
     def _place_trees(self, step: Step):
         """Positions follow the depth (slots were computed from the row index, which is what KV needs)."""
-        assert step.trees is not None and step.root_rows is not None
-        count = step.num_tree_reqs
-        trees = step.trees.take(np.arange(count), step.trees.num_nodes[:count])
+        trees, count = step.attending(), step.num_tree_reqs
         context_lens = self.input_batch.num_computed_tokens_cpu[:count].astype(np.int64)
-        real = np.arange(trees.max_nodes + 1) <= trees.num_nodes[:, None]
-        positions = context_lens[:, None] + trees.depths
-        num_tokens = int(trees.num_nodes.sum()) + count
-        self.positions[:num_tokens] = torch.from_numpy(positions[real])
+        positions = row_positions(trees, context_lens)
+        self.positions[: positions.size] = torch.from_numpy(positions)
         block_table = self.input_batch.block_table[self.drafter.kv_cache_gid].get_device_tensor(
             count
         )

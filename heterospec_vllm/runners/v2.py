@@ -26,7 +26,7 @@ from heterospec_vllm.device_scorer import DeviceScorer
 from heterospec_vllm.head import load as head_config
 from heterospec_vllm.kernels.kv_compact import KVLayers
 from heterospec_vllm.runners.shared import SpeculatingRunner, logger
-from heterospec_vllm.runners.step import Step, true_rows
+from heterospec_vllm.runners.step import Step, row_positions, true_rows
 from heterospec_vllm.speculator import HeteroSpecSpeculator, tree_reason_of
 from heterospec_vllm.timing import CLOCK
 from heterospec_vllm.tree import Ints
@@ -61,6 +61,11 @@ class HeteroSpecGPUModelRunner(SpeculatingRunner, GPUModelRunner):
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(*args, **kwargs)
         self._layers = None
+        self._target_gid = next(
+            i
+            for i, group in enumerate(self.kv_cache_config.kv_cache_groups)
+            if set(group.layer_names) - self.speculator.draft_attn_layer_names
+        )
         gid = self.speculator.kv_cache_gid
         self.controller.progress = HeadProgress(
             self.kv_cache_config.num_blocks, self.block_tables.block_sizes[gid]
@@ -149,22 +154,17 @@ class HeteroSpecGPUModelRunner(SpeculatingRunner, GPUModelRunner):
         prepared = super().prepare_attn(input_batch)
         step = self._step
         if step.num_tree_reqs:
-            assert step.trees is not None
-            count = step.num_tree_reqs
-            trees = step.trees.take(np.arange(count), step.trees.num_nodes[:count])
-            num_rows = trees.num_nodes + 1
-            real = np.arange(trees.max_nodes + 1) < num_rows[:, None]
+            trees, count = step.attending(), step.num_tree_reqs
             context_lens = input_batch.num_computed_tokens_np[:count].astype(np.int64)
-            positions = (context_lens[:, None] + trees.depths)[real]
+            positions = row_positions(trees, context_lens)
             num_tokens = positions.size
             input_batch.positions[:num_tokens] = torch.from_numpy(positions).to(self.device)
-            mask = torch.from_numpy(trees.ancestor_bitmask()[real].view(np.int64))
             self._hand_to_builders(
                 StepTrees(
                     num_reqs=count,
                     num_tokens=num_tokens,
-                    max_rows=int(num_rows.max()),
-                    ancestor_mask=mask.to(self.device),
+                    max_rows=int(trees.num_nodes.max()) + 1,
+                    ancestor_mask=torch.from_numpy(trees.row_masks()).to(self.device),
                 )
             )
         return prepared
@@ -187,23 +187,16 @@ class HeteroSpecGPUModelRunner(SpeculatingRunner, GPUModelRunner):
             step.walked = self.scorer.walked
         assert step.root_rows is not None
         with CLOCK.span("compaction"):
-            slots = self.block_tables.slot_mappings[self._target_gid(), : input_batch.num_tokens]
+            slots = self.block_tables.slot_mappings[self._target_gid, : input_batch.num_tokens]
             num_moves = self.scorer.compact(self._target_layers(), slots, step.root_rows)
         self.counters.record_walk(step.trees, step.walked, num_moves)
         self.controller.learn(step.trees, step.walked, self._temperatures(input_batch))
         return output
 
-    def _target_gid(self) -> int:
-        return next(
-            i
-            for i, group in enumerate(self.kv_cache_config.kv_cache_groups)
-            if set(group.layer_names) - self.speculator.draft_attn_layer_names
-        )
-
     def _target_layers(self) -> KVLayers:
         """The target's caches; one KV cache group, as hybrid targets are refused."""
         if self._layers is None:
-            names = self.kv_cache_config.kv_cache_groups[self._target_gid()].layer_names
+            names = self.kv_cache_config.kv_cache_groups[self._target_gid].layer_names
             context = self.compilation_config.static_forward_context
             draft = self.speculator.draft_attn_layer_names
             self._layers = KVLayers.of([context[n].kv_cache for n in names if n not in draft])

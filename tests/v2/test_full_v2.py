@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 from harness import assert_speculated, divergences, run_engine
-from test_identity_v2 import BACKEND, DRIVER, GREEDY, TREE, VOCAB, _prompts
-from tiny_model import make_head, make_target
+from test_identity_v2 import BACKEND, DRIVER, GREEDY, TREE, _engine, _prompts, make_pair
 
 pytestmark = [pytest.mark.engine, pytest.mark.full]
 
@@ -52,21 +51,10 @@ def test_embedded_model_and_head(tmp_path: Path) -> None:
 
 
 def test_preemption(tmp_path: Path) -> None:
-    target = make_target(tmp_path / "target", VOCAB, num_layers=2)
-    head = make_head(tmp_path / "head", target, taps=(0, 1, 2))
-    engine = {
-        "model": str(target),
-        "skip_tokenizer_init": True,
-        "dtype": "float32",
-        "enforce_eager": True,
-        "max_model_len": 96,
-        "max_num_seqs": 4,
-        "max_num_batched_tokens": 64,
-        "enable_prefix_caching": False,
-        "block_size": 16,
-        "num_gpu_blocks_override": 13,
-        **BACKEND,
-    }
+    target, head = make_pair(tmp_path)
+    engine = _engine(
+        target, max_model_len=96, enable_prefix_caching=False, num_gpu_blocks_override=13
+    )
     runs = [
         {
             "name": "pressure",
@@ -84,17 +72,8 @@ def test_backend_without_trees_drafts_chains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("INTERPRETED_BACKEND", "PlainBackend")
-    target = make_target(tmp_path / "target", VOCAB, num_layers=2)
-    head = make_head(tmp_path / "head", target, taps=(0, 1, 2))
-    engine = {
-        "model": str(target),
-        "skip_tokenizer_init": True,
-        "dtype": "float32",
-        "enforce_eager": True,
-        "max_model_len": 64,
-        "max_num_seqs": 4,
-        "enable_prefix_caching": False,
-    }
+    target, head = make_pair(tmp_path)
+    engine = _engine(target, enable_prefix_caching=False)
     runs = [{"name": "chains", "prompts": _prompts([9, 14]), "sampling": GREEDY}]
     plain, ours = _both(engine, str(head), runs, tmp_path)
     assert divergences(plain["chains"], ours["chains"]) == []

@@ -81,6 +81,12 @@ SWITCHED = [
 SWITCHED_RUN = {"prompts": RAGGED[3:], "sampling": GREEDY}
 
 
+def make_pair(folder: Path) -> tuple[Path, Path]:
+    """(target, head), as small as they can be."""
+    target = make_target(folder / "target", VOCAB, num_layers=2)
+    return target, make_head(folder / "head", target, taps=(0, 1, 2))
+
+
 def _engine(target: Path, **arguments: Any) -> dict[str, Any]:
     return {
         "model": str(target),
@@ -99,8 +105,7 @@ def _engine(target: Path, **arguments: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("v2")
-    target = make_target(folder / "target", VOCAB, num_layers=2)
-    head = make_head(folder / "head", target, taps=(0, 1, 2))
+    target, head = make_pair(folder)
     speculative = {"method": "heterospec", "model": str(head), "policy": "static", **TREE}
     plain = {
         "engine": _engine(target),
