@@ -35,7 +35,11 @@ class Contender(Protocol):
         """How its threads are bound, in words."""
         ...
 
-    def start(self) -> None: ...
+    def begin(self) -> None:
+        """Starts to load, where others may load meanwhile."""
+
+    def start(self) -> None:
+        """Returns when it is loaded."""
 
     def warm_up(
         self, system: System, cell: Cell, prompts: list[SetPrompt], tokens: int
@@ -79,16 +83,18 @@ class OfflineContender:
 
     @property
     def engine(self) -> Engine:
-        assert self._engine is not None, "start() first"
+        assert self._engine is not None, "begin() first"
         return self._engine
 
     @property
     def threads(self) -> str:
         return self.engine.threads
 
-    def start(self) -> None:
+    def begin(self) -> None:
         self._engine = Engine(**self._arguments)
-        self._engine.wait_until_loaded()
+
+    def start(self) -> None:
+        self.engine.wait_until_loaded()
 
     def _load(self, cell: Cell, prompts: list[SetPrompt], temperature: float) -> Load:
         ids = [p.token_ids for p in prompts]
@@ -134,6 +140,9 @@ class ServedContender:
         self, served: ServedSystem, console: Console, goodput: dict[str, float] | None
     ) -> None:
         self._served, self._console, self._goodput = served, console, goodput
+
+    def begin(self) -> None:
+        """Servers start one after the other: a port is free until its server has it."""
 
     def start(self) -> None:
         self._served.start(self._console)

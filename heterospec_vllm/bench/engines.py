@@ -10,6 +10,7 @@ from typing import Any
 
 from heterospec_vllm.bench.child import Child, answer, enter, thread_binding
 from heterospec_vllm.bench.pause import PAUSE_SECONDS
+from heterospec_vllm.bench.peer_repairs import repair_sampling_on_cpu
 
 TOP = 20  # of the target's choices at a position, for near-ties and entropies
 LOAD_TIMEOUT = 1200.0  # seconds
@@ -84,6 +85,7 @@ def _serve(pipe: Connection, arguments: dict[str, Any]) -> None:
     loaded: list[Any] = []
 
     def load() -> str:
+        repair_sampling_on_cpu()
         from vllm import LLM
 
         loaded.append(LLM(enable_prefix_caching=False, disable_log_stats=False, **arguments))

@@ -17,17 +17,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from heterospec_vllm.bench import rows
-from heterospec_vllm.bench.child import EngineFailed
 from heterospec_vllm.bench.contenders import Contender, Outcome, requests_of
 from heterospec_vllm.bench.engines import Position
 from heterospec_vllm.bench.gate import entropy, judge
+from heterospec_vllm.bench.loading import Failures, LoadedEngines
 from heterospec_vllm.bench.prompt_sets import PromptSets, SetPrompt
 from heterospec_vllm.bench.rows import Cell, Environment, Gate, Prompt, Row
 from heterospec_vllm.bench.show import cell_table
 from heterospec_vllm.bench.spec import PLAIN, TUNED, BenchSpec, Planned, System
-from heterospec_vllm.demo_server import ServerFailed
 
-Failures = (EngineFailed, ServerFailed)
 # Of the memory that is free when the first engine is loaded, the part that engines may take.
 MEMORY_SHARE = 0.85
 
@@ -128,16 +126,16 @@ class Bench:
             self._last_group += 1
             group = _Group(self, mode, self._last_group)
             try:
-                if group.load(PLAIN, (plain,)):
-                    room = self._room(group)
-                    taken, waiting = waiting[:room], waiting[room:]
-                    for key in taken:
-                        group.load(key, tuple(systems[key].values()))
-                else:
+                group.engines.load({PLAIN: (plain,)})
+                if PLAIN in group.engines.broken:
                     taken, waiting = waiting, []
+                else:
+                    room = self._room(group.engines[PLAIN])
+                    taken, waiting = waiting[:room], waiting[room:]
+                    group.engines.load({key: tuple(systems[key].values()) for key in taken})
                 group.run([p for p in cells if self._concerns(p, mode, {PLAIN, *taken})])
             finally:
-                group.close()
+                group.engines.close()
             if not waiting and not tuned:
                 return
 
@@ -146,11 +144,11 @@ class Bench:
             _engine_key(mode, s) in keys and self.pending(planned, s) for s in planned.systems
         )
 
-    def _room(self, group: _Group) -> int:
+    def _room(self, first: Contender) -> int:
         """How many more engines fit, if each takes what the first has taken."""
         if self.spec.max_engines is not None:
             return self.spec.max_engines - 1
-        return max(1, int(MEMORY_SHARE * self.free_memory() / max(1, group.memory(PLAIN))))
+        return max(1, int(MEMORY_SHARE * self.free_memory() / max(1, first.memory())))
 
     # ---- rows
 
@@ -240,61 +238,29 @@ class _Group:
 
     def __init__(self, bench: Bench, mode: str, number: int) -> None:
         self.bench, self.mode, self.number = bench, mode, number
-        self.loaded: dict[str, Contender] = {}
-        self.systems: dict[str, tuple[System, ...]] = {}
-        self.broken: dict[str, str] = {}  # why an engine does not start
-        self.died: set[str] = set()  # in a cell; they are started again for the next
-
-    def load(self, key: str, systems: tuple[System, ...]) -> bool:
-        self.systems[key] = systems
-        self.bench.describe(f"loading {key}")
-        contender: Contender | None = None
-        started = False
-        try:
-            contender = self.bench.make(self.mode, key, systems)
-            contender.start()
-            started = True
-        except (*Failures, ValueError) as error:
-            self.broken[key] = str(error)
-            self.bench.console.print(f"[red]{key} does not start[/]: {error}")
-        finally:  # also on Ctrl-C while an engine loads
-            if not started and contender is not None:
-                contender.close()
-        if started:
-            assert contender is not None
-            self.loaded[key] = contender
-        return started
-
-    def memory(self, key: str) -> int:
-        return self.loaded[key].memory()
-
-    def close(self) -> None:
-        for contender in self.loaded.values():
-            contender.close()
-        self.loaded.clear()
+        self.engines = LoadedEngines(
+            lambda key, systems: bench.make(mode, key, systems),
+            bench.describe,
+            bench.console.print,
+        )
 
     def run(self, cells: Iterable[Planned]) -> None:
         for planned in cells:
-            self._revive()
+            self.engines.revive()  # one that died in a cell gets another chance in the next
             self._run_cell(planned)
-
-    def _revive(self) -> None:
-        """An engine that died in a cell gets another chance in the next one."""
-        for key in self.died:
-            self.load(key, self.systems[key])
-        self.died.clear()
 
     def _run_cell(self, planned: Planned) -> None:
         bench, cell = self.bench, planned.cell
         prompts = bench.prompts.of(cell)
-        here = [s for s in planned.systems if _engine_key(self.mode, s) in self.systems]
+        here = [s for s in planned.systems if _engine_key(self.mode, s) in self.engines]
         mine = [s for s in here if bench.pending(planned, s)]
         if mine and mine[0].name != PLAIN:  # its rows are of another group
             mine.insert(0, System(PLAIN, PLAIN))
         for system in list(mine):
-            reason = self.broken.get(_engine_key(self.mode, system))
-            if PLAIN in self.broken:
-                reason = reason or f"plain: {self.broken[PLAIN]}"
+            broken = self.engines.broken
+            reason = broken.get(_engine_key(self.mode, system))
+            if PLAIN in broken:
+                reason = reason or f"plain: {broken[PLAIN]}"
             if reason is not None:
                 bench.fail(planned, system, self.number, reason)
                 mine.remove(system)
@@ -321,8 +287,7 @@ class _Group:
         try:
             return act(planned, system, *values)
         except Failures as error:
-            self.died.add(key)
-            self.loaded.pop(key).close()
+            self.engines.bury(key)
             for other in [s for s in mine if _engine_key(self.mode, s) == key]:
                 self.bench.fail(planned, other, self.number, str(error))
                 mine.remove(other)
@@ -333,7 +298,7 @@ class _Group:
             return None
 
     def _contender(self, system: System) -> Contender:
-        return self.loaded[_engine_key(self.mode, system)]
+        return self.engines[_engine_key(self.mode, system)]
 
     def _warm_up(self, planned: Planned, system: System, prompts: list[SetPrompt]) -> None:
         self._contender(system).warm_up(
@@ -344,7 +309,7 @@ class _Group:
         self, planned: Planned, system: System, prompts: list[SetPrompt], number: int
     ) -> Row:
         bench, cell = self.bench, planned.cell
-        contender, plain = self._contender(system), self.loaded[PLAIN]
+        contender, plain = self._contender(system), self.engines[PLAIN]
         outcome = contender.run(system, cell, prompts)
         if system.name == PLAIN:
             bench.plain_answers(plain, cell, prompts, outcome)

