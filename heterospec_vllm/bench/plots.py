@@ -100,6 +100,8 @@ def step_split(frame: Frame, place: tuple[str, float]) -> Figure:
     fig = figure(2.4 * columns + 1.5, 6.0 * lines)
     grid = fig.subplots(2 * lines, columns, squeeze=False)
     parts = [f"ms_{name}" for name in STEP_PARTS]
+    sizes = sorted(set(part["concurrency"]))  # every system has a place for each
+    names = [f"{size:g}" for size in sizes]
     highest = part[parts].sum(axis=1).max()
     for number in range(lines * columns):
         above, below = (grid[2 * (number // columns) + i][number % columns] for i in (0, 1))
@@ -107,12 +109,14 @@ def step_split(frame: Frame, place: tuple[str, float]) -> Figure:
             above.axis("off")
             below.axis("off")
             continue
-        of = part[part["system"] == systems[number]].sort_values("concurrency")
-        names = [f"{size:g}" for size in of["concurrency"]]
+        of = part[part["system"] == systems[number]].set_index("concurrency").reindex(sizes)
         _stack(above, names, of[parts], STEP_PARTS)
         _stack(below, names, of[parts].div(of[parts].sum(axis=1), axis=0) * 100, STEP_PARTS)
         above.set_ylim(0, 1.03 * highest)
         below.set_ylim(0, 100)
+        for axis in (above, below):
+            axis.set_xticks(range(len(sizes)), names)
+            axis.set_xlim(-0.6, len(sizes) - 0.4)
         above.set_title(_broken(systems[number]), fontsize=9.5)
         for axis, label in ((above, "milliseconds a step"), (below, "share of a step, %")):
             axis.set_xlabel(AT_ONCE)
