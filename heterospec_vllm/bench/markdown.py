@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from heterospec_vllm.bench.page import Section
 from heterospec_vllm.bench.tables import MARGINAL, PLAIN, CellSummary, Entry, mean_against, named
 from heterospec_vllm.bench.words import RIVALS, compared, differ, is_offline, losses, p_value, times
 
@@ -143,21 +144,40 @@ def _cell_row(one: CellSummary, entry: Entry) -> list[str]:
     ]
 
 
-def summary_markdown(title: str, sentences: Sequence[str], cells: Sequence[CellSummary]) -> str:
-    """Every cell as a table, the losses first."""
-    lost = losses(cells)
-    if not lost and any(compared(cells, rival) for rival in RIVALS):
-        lost = [f"None: `{MARGINAL}` is nowhere slower than plain or the best chain."]
-    elif not lost:
-        lost = [f"Unknown: no cell has a timing of `{MARGINAL}` and of plain or a best chain."]
-    parts = [
-        f"# {title}",
-        "\n".join(f"* {sentence}" for sentence in sentences),
-        "## Losses of `marginal`",
-        "\n".join(f"* {text}" for text in lost),
-        "## All cells",
-        *(cell_markdown(one) for one in cells),
+def section_markdown(section: Section) -> str:
+    """A section's sentences and tables."""
+    tables = [
+        markdown_table(
+            [" ".join(cell.lines) for cell in table.header],
+            [[" ".join(cell.lines) for cell in row] for row in table.rows],
+        )
+        for table in section.tables
     ]
+    return "\n\n".join([f"## {section.title}", *section.sentences, *tables])
+
+
+def summary_markdown(
+    title: str,
+    sentences: Sequence[str],
+    cells: Sequence[CellSummary],
+    sections: Sequence[Section] = (),  # what the cells do not tell
+) -> str:
+    """Every cell as a table, the losses first."""
+    parts = [f"# {title}"]
+    if cells:
+        lost = losses(cells)
+        if not lost and any(compared(cells, rival) for rival in RIVALS):
+            lost = [f"None: `{MARGINAL}` is nowhere slower than plain or the best chain."]
+        elif not lost:
+            lost = [f"Unknown: no cell has a timing of `{MARGINAL}` and of plain or a best chain."]
+        parts += [
+            "\n".join(f"* {sentence}" for sentence in sentences),
+            "## Losses of `marginal`",
+            "\n".join(f"* {text}" for text in lost),
+            "## All cells",
+            *(cell_markdown(one) for one in cells),
+        ]
+    parts += [section_markdown(section) for section in sections]
     return "\n\n".join(parts) + "\n"
 
 

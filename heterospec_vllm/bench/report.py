@@ -27,6 +27,8 @@ MADE = (
     sections.serving,
     sections.growth,
 )
+# Sections whose sentences and tables are in `summary.md` too, behind the cells.
+IN_SUMMARY = ("Serving", "Cost of growth")
 
 
 def write_report(
@@ -49,8 +51,9 @@ def write_report(
     (output / TABLE).write_text(table, encoding="utf-8")
     sentences = [*head.sentences, *(b for b in head.bullets if not b.startswith("Loss: "))]
     everything = [*material.cells, *material.served]
+    more = [section for section in page if section.title in IN_SUMMARY]
     (output / SUMMARY).write_text(
-        markdown.summary_markdown(title, sentences, everything), encoding="utf-8"
+        markdown.summary_markdown(title, sentences, everything, more), encoding="utf-8"
     )
     if readme is not None:
         markdown.into_readme(readme, table + _plot_reference(output, readme))

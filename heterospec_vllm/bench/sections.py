@@ -301,7 +301,12 @@ def growth(material: Material, sheet: Sheet) -> Section | None:
     )
     caption = "Milliseconds a step by part; hatched: a plain step."
     section.plots.append(sheet.plot("growth", caption, lambda: plots.growth(points, parts)))
-    if points["attention_ms"].notna().any():
+    shares = (points["attention_ms"] / points["vllm_attention_ms"]).dropna()
+    if len(shares):
+        section.sentences.append(
+            f"A layer's tree attention takes {shares.min():.2f} to {shares.max():.2f} times what vLLM's op takes on a "
+            f"chain of as many tokens (median {shares.median():.2f}, {len(shares)} points)."
+        )
         caption = "One layer's attention, milliseconds: our tree op and vLLM's op on a chain of the same length."
         section.plots.append(sheet.plot("attention", caption, lambda: plots.attention(points)))
     rows = [
