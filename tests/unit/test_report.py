@@ -359,9 +359,7 @@ def test_growth_alone_makes_a_page(tmp_path: Path) -> None:
     folder = write(tmp_path / "results", list(report_rows.growth())[:3], report_rows.GROWTH)
     write_report([folder], tmp_path / "out", "title")
     assert (tmp_path / "out" / "growth.png").is_file()
-    summary = (tmp_path / "out" / "summary.md").read_text()
-    assert "## Cost of growth" in summary and "what vLLM's op takes" in summary
-    assert "| sweep | nodes / requests / context |" in summary and "## All cells" not in summary
+    assert "what vLLM's op takes" in (tmp_path / "out" / "summary.md").read_text()
     assert ENVIRONMENT.commit in (tmp_path / "out" / "report.html").read_text()
 
 
