@@ -114,11 +114,10 @@ def step_split(frame: Frame, place: tuple[str, float]) -> Figure:
         _stack(below, names, of[parts].div(of[parts].sum(axis=1), axis=0) * 100, STEP_PARTS)
         above.set_ylim(0, 1.03 * highest)
         below.set_ylim(0, 100)
-        for axis in (above, below):
-            axis.set_xticks(range(len(sizes)), names)
-            axis.set_xlim(-0.6, len(sizes) - 0.4)
         above.set_title(_broken(systems[number]), fontsize=9.5)
         for axis, label in ((above, "milliseconds a step"), (below, "share of a step, %")):
+            axis.set_xticks(range(len(sizes)), names)
+            axis.set_xlim(-0.6, len(sizes) - 0.4)  # bars of NaN leave no room
             axis.set_xlabel(AT_ONCE)
             if number % columns == 0:
                 axis.set_ylabel(label)
