@@ -6,8 +6,8 @@ has no free field. So the server's process makes a small file (:func:`new_metric
 into it once a step (:class:`MetricsFile`), and a collector in the server's process reads it when Prometheus asks
 (:func:`register_collector`). ``METRICS`` declares every metric once; the file's layout follows from it.
 
-The file is a header and one float64 for each label value of each metric. The sequence number in the header is 0 until
-a worker opens the file, odd while the worker writes, and 2 more after each write.
+The file is a header and two slots, each one float64 for each label value of each metric under a checksum and a sequence
+number: 0 until a worker opens the file, and 1 more after each write. The newest slot that is whole counts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from heterospec_vllm.metrics import STEP_PARTS, StepCounters
 from heterospec_vllm.strata import NUM_STRATA
@@ -177,20 +177,43 @@ def _flat_values(counters: StepCounters) -> list[float]:
     return values
 
 
-# Native sizes and alignment, so that the sequence number is one aligned word. Python has no memory barriers: on a CPU
-# that reorders stores the sequence number alone could deceive a reader, which the checksum of the values does not.
-_HEADER = struct.Struct("@8sIIQ")  # magic, layout, checksum, sequence number
-_CHECKSUM = struct.Struct("@I")
-_SEQUENCE = struct.Struct("@Q")
-_CHECKSUM_AT, _SEQUENCE_AT, _VALUES_AT = 12, 16, 24
+# The values lie in two slots that are written in turn. Python has no memory barriers and a writer may lose its CPU at
+# any place, so a slot is as good as its checksum; while one is being written, the other holds the values before.
+_HEADER = struct.Struct("@8sQ")  # magic, layout
+_SLOT = struct.Struct("@QQ")  # checksum of what follows in the slot, sequence number
 _VALUES = struct.Struct(f"@{sum(max(1, len(record.keys)) for record in METRICS)}d")
-_SIZE = _VALUES_AT + _VALUES.size
-_MAGIC = b"HSMETRIC"
-# Tells apart the files of two versions of the plugin.
-_LAYOUT = zlib.crc32(repr([(r.name, r.label, r.keys) for r in METRICS]).encode())
+_SLOT_SIZE = _SLOT.size + _VALUES.size
+_NUM_SLOTS = 2
+_SIZE = _HEADER.size + _NUM_SLOTS * _SLOT_SIZE
+# The layout tells apart the files of two versions of the plugin.
+_START = _HEADER.pack(
+    b"HSMETRIC", zlib.crc32(repr([(r.name, r.label, r.keys) for r in METRICS]).encode())
+)
 
 _READ_ATTEMPTS = 50
-_RETRY_SECONDS = 1e-3  # a write takes microseconds, but its process may be preempted in it
+_RETRY_SECONDS = 1e-3  # only a reader that loses its CPU within one read meets two writes
+
+
+class _Snapshot(NamedTuple):
+    """What one slot holds; sequence number 0 is that of a new file."""
+
+    sequence: int
+    values: bytes
+
+    def pack(self) -> bytes:
+        checksum = zlib.crc32(self.values, self.sequence)
+        return _SLOT.pack(checksum, self.sequence) + self.values
+
+
+def _newest_snapshot(content: bytes) -> _Snapshot | None:
+    """The newest whole slot, or None where both are being written."""
+    whole = []
+    for start in range(_HEADER.size, _SIZE, _SLOT_SIZE):
+        slot = content[start : start + _SLOT_SIZE]
+        snapshot = _Snapshot(_SLOT.unpack_from(slot)[1], slot[_SLOT.size :])
+        if snapshot.pack() == slot:
+            whole.append(snapshot)
+    return max(whole, default=None)
 
 
 def new_metrics_file() -> Path:
@@ -199,9 +222,8 @@ def new_metrics_file() -> Path:
     It is private to the user (mode 0600) and lies in the folder for temporary files.
     """
     handle, name = tempfile.mkstemp(prefix="heterospec-metrics-")
-    values = bytes(_VALUES.size)
     with os.fdopen(handle, "wb") as file:
-        file.write(_HEADER.pack(_MAGIC, _LAYOUT, zlib.crc32(values), 0) + values)
+        file.write(_START + _NUM_SLOTS * _Snapshot(0, bytes(_VALUES.size)).pack())
     path = Path(name)
     atexit.register(_remove, path, os.getpid())
     return path
@@ -219,23 +241,20 @@ class MetricsFile:
     def __init__(self, path: Path) -> None:
         """Raises OSError for a file that cannot be opened, ValueError for one of another layout."""
         with path.open("r+b") as file:
-            _check(path, file.read())
+            content = file.read()
+            _check(path, content)
             self._map = mmap.mmap(file.fileno(), _SIZE)
-        (sequence,) = _SEQUENCE.unpack(self._map[_SEQUENCE_AT:_VALUES_AT])
-        # Made even: the last writer may have ended in the middle of a write.
-        self._sequence = sequence + sequence % 2
+        newest = _newest_snapshot(content)
+        self._sequence = newest.sequence if newest is not None else 0
         self.publish(StepCounters())
 
     def publish(self, counters: StepCounters) -> None:
         """Replaces all values; a reader sees all of them or those before."""
-        values = _VALUES.pack(*_flat_values(counters))
-        checksum = _CHECKSUM.pack(zlib.crc32(values))
-        # Slices, because struct.pack_into fills its target with zeros first.
-        self._map[_SEQUENCE_AT:_VALUES_AT] = _SEQUENCE.pack(self._sequence + 1)
-        self._map[_CHECKSUM_AT:_SEQUENCE_AT] = checksum
-        self._map[_VALUES_AT:] = values
-        self._sequence += 2
-        self._map[_SEQUENCE_AT:_VALUES_AT] = _SEQUENCE.pack(self._sequence)
+        self._sequence += 1
+        snapshot = _Snapshot(self._sequence, _VALUES.pack(*_flat_values(counters)))
+        start = _HEADER.size + self._sequence % _NUM_SLOTS * _SLOT_SIZE
+        # A slice, because struct.pack_into fills its target with zeros first.
+        self._map[start : start + _SLOT_SIZE] = snapshot.pack()
 
 
 def open_metrics_file(path: Path) -> MetricsFile | None:
@@ -250,28 +269,22 @@ def open_metrics_file(path: Path) -> MetricsFile | None:
 def read_values(path: Path) -> tuple[float, ...] | None:
     """The values of all metrics in the order of ``METRICS``, or None where no worker has opened the file yet.
 
-    Raises OSError for a file that cannot be read, ValueError for one of another layout or one whose writer ended in
-    the middle of a write.
+    Raises OSError for a file that cannot be read, ValueError for one of another layout or one without a whole slot.
     """
     with path.open("rb") as file:
         for _ in range(_READ_ATTEMPTS):
             content = os.pread(file.fileno(), _SIZE + 1, 0)
             _check(path, content)
-            header, values = content[:_VALUES_AT], content[_VALUES_AT:]
-            _, _, checksum, sequence = _HEADER.unpack(header)
-            if sequence == 0:
-                return None
-            unchanged = os.pread(file.fileno(), _VALUES_AT, 0) == header
-            if unchanged and sequence % 2 == 0 and zlib.crc32(values) == checksum:
-                return _VALUES.unpack(values)
+            newest = _newest_snapshot(content)
+            if newest is not None:
+                return _VALUES.unpack(newest.values) if newest.sequence else None
             time.sleep(_RETRY_SECONDS)
     raise ValueError(f"{path}: found a write in progress at each of {_READ_ATTEMPTS} attempts")
 
 
 def _check(path: Path, content: bytes) -> None:
     """Raises ValueError for a file that is not of this layout."""
-    expected = _HEADER.pack(_MAGIC, _LAYOUT, 0, 0)[:_CHECKSUM_AT]
-    if len(content) != _SIZE or content[:_CHECKSUM_AT] != expected:
+    if len(content) != _SIZE or not content.startswith(_START):
         raise ValueError(
             f"{path}: found {len(content)} bytes that are no metrics file of this version"
         )
