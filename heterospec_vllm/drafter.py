@@ -6,13 +6,17 @@ Keys and values of tree nodes live in a scratch outside the head's pages: nothin
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.v1.spec_decode.eagle import EagleProposer
 
+from heterospec_vllm import level_loops
 from heterospec_vllm.attention.cpu import DraftLevelMetadata
+from heterospec_vllm.fused_head import MAX_ROWS, FusedHead, fused_head
 from heterospec_vllm.policies import DraftPolicy
 from heterospec_vllm.timing import CLOCK
 from heterospec_vllm.tree import Floats, Ints
@@ -50,7 +54,20 @@ class HeteroSpecProposer(TreeDrafter, EagleProposer):
         # vLLM's head buffers hold one scheduler budget of tokens.
         return min(policy.beam, self.max_num_tokens // num_reqs)
 
+    @cached_property
+    def _fused(self) -> FusedHead | None:
+        return fused_head(self.model)
+
+    def _fused_for(self, num_rows: int) -> FusedHead | None:
+        return self._fused if num_rows <= MAX_ROWS else None
+
     def _first_pass_of(self, tokens: TrueTokens) -> HeadContext:
+        fused = self._fused_for(len(tokens.token_ids))
+        starts = np.cumsum(tokens.num_tokens) - tokens.num_tokens
+        positions = tokens.positions.numpy()
+        # The kernel looks back at pages at least; the start of a prompt has none.
+        if fused is not None and positions[starts].min() > 0:
+            return self._fused_first_pass(fused, tokens)
         num_tokens, last_rows, cad = self.set_inputs_first_pass(
             target_token_ids=tokens.token_ids,
             next_token_ids=tokens.next_token_ids,
@@ -72,12 +89,73 @@ class HeteroSpecProposer(TreeDrafter, EagleProposer):
             positions=self.positions[last],
         )
 
+    def _fused_first_pass(self, fused: FusedHead, tokens: TrueTokens) -> HeadContext:
+        """As a level that is a chain, whose keys and values go into the pages, too."""
+        positions = tokens.positions
+        start, context_lens, before, slots = level_loops.true_rows(
+            tokens.num_tokens, positions.numpy(), tokens.block_table.numpy(), self.block_size
+        )
+        last = torch.from_numpy(start[1:] - 1)
+        # The head takes each token's features with the token that followed it.
+        token_ids = tokens.token_ids.roll(-1).long()
+        token_ids[last] = tokens.next_token_ids.long()
+        self._begin_levels(MAX_ROWS)
+        normed, hidden = self._fused_forward(
+            fused,
+            token_ids=token_ids,
+            positions=positions,
+            hidden=self._fuse_taps(tokens.features),
+            query_start_loc=torch.from_numpy(start),
+            context_lens=torch.from_numpy(context_lens),
+            block_table=tokens.block_table,
+            first_row=0,
+            tail_index=torch.from_numpy(before),
+            slots=torch.from_numpy(slots),
+        )
+        last_positions = positions[last]
+        return HeadContext(
+            seq_lens=(last_positions + 1).int(),
+            block_table=tokens.block_table,
+            normed=normed[last],
+            hidden=hidden[last],
+            positions=last_positions,
+        )
+
+    def _fused_forward(self, fused: FusedHead, **rows: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        (scratch,) = self._scratch.values()
+        with CLOCK.span("head forward"):
+            return fused.forward(scratch_key=scratch[0], scratch_value=scratch[1], **rows)
+
+    def time_pass(self, num_rows: int) -> None:
+        """What a level of so many rows takes, on dummy inputs."""
+        fused = self._fused_for(num_rows)
+        if fused is None:
+            return super().time_pass(num_rows)
+        self._begin_levels(MAX_ROWS)
+        rows = torch.arange(num_rows)
+        normed, _ = self._fused_forward(
+            fused,
+            token_ids=torch.zeros_like(rows),
+            positions=torch.ones_like(rows),
+            hidden=self.hidden_states[:num_rows],
+            query_start_loc=torch.tensor([0, num_rows], dtype=torch.int32),
+            context_lens=torch.ones(1, dtype=torch.int32),
+            block_table=torch.zeros((1, 1), dtype=torch.int32),
+            first_row=0,
+            tail_index=rows.int()[:, None],
+        )
+        self._top_children(normed, 8)
+
     def _top_children(
         self,
         normed: torch.Tensor,  # [num_rows, hidden_size]
         top_k: int,
     ) -> tuple[Ints, Floats]:
         """The ``top_k`` likeliest next tokens of each row (target ids) and their log-probabilities."""
+        fused = self._fused_for(len(normed))
+        if fused is not None:
+            with CLOCK.span("head logits"):
+                return fused.top_tokens(normed, top_k)
         with CLOCK.span("head logits"):
             logits = self.model.logits_processor(self.model.lm_head, normed)
         with CLOCK.span("head top-k"):
@@ -99,6 +177,20 @@ class HeteroSpecProposer(TreeDrafter, EagleProposer):
         tail = torch.cat([frontier.tail, own], dim=1)
         # The rotary table ends at the model's length; a draft beyond it is never scheduled.
         positions = (context.positions + level).clamp(max=self.max_model_len - 1)
+        fused = self._fused_for(num_tokens)
+        if fused is not None:
+            normed, hidden = self._fused_forward(
+                fused,
+                token_ids=frontier.tokens,
+                positions=positions[frontier.reqs],
+                hidden=frontier.hidden,
+                query_start_loc=frontier.query_start_loc,
+                context_lens=context.seq_lens,
+                block_table=context.block_table,
+                first_row=first_row,
+                tail_index=tail.int(),
+            )
+            return normed, hidden, tail
         self.input_ids[:num_tokens] = frontier.tokens
         self.positions[:num_tokens] = positions[frontier.reqs]
         self.hidden_states[:num_tokens] = frontier.hidden

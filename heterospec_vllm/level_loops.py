@@ -304,3 +304,34 @@ def best_prefix(
     for place in range(best):
         num_nodes[owner[order[place]]] += 1
     return num_nodes, best_tokens, best_rate
+
+
+@compiled("Tuple((i4[::1], i4[::1], i4[:,::1], i8[::1]))(i8[::1], i8[::1], i4[:,:], i8)")
+def true_rows(
+    num_tokens,  # [num_reqs]
+    positions,  # [num_tokens] rising by one within a request
+    block_table,  # [num_reqs, max_blocks]
+    block_size,
+):
+    """Where true tokens lie among the head's keys, as for nodes of a level that is a chain.
+
+    [num_reqs + 1] where each request's rows start; [num_reqs] keys before them; [num_tokens, longest] rows of the
+    same request up to each one (NO_ROW padded); [num_tokens] slot in the pages.
+    """
+    num_reqs = num_tokens.size
+    start = np.zeros(num_reqs + 1, np.int32)
+    context_lens = np.empty(num_reqs, np.int32)
+    longest = 0
+    for req in range(num_reqs):
+        start[req + 1] = start[req] + num_tokens[req]
+        longest = max(longest, num_tokens[req])
+        context_lens[req] = positions[start[req]]
+    before = np.full((start[num_reqs], longest), NO_ROW, np.int32)
+    slots = np.empty(start[num_reqs], np.int64)
+    for req in range(num_reqs):
+        for row in range(start[req], start[req + 1]):
+            for i in range(row - start[req] + 1):
+                before[row, i] = start[req] + i
+            block = block_table[req, positions[row] // block_size]
+            slots[row] = block * block_size + positions[row] % block_size
+    return start, context_lens, before, slots

@@ -68,13 +68,14 @@ class Switch:
     """Whether a step drafts. Gains are rates with speculation over rates of plain decoding."""
 
     start, stop = 1.03, 1.0
-    # A size that was never measured is tried from this predicted gain on, for at most so many steps.
-    worth_a_try, trial_steps = 0.9, 64
+    # A size that was measured little is tried where the gain may be this much higher (in logarithms, after no
+    # comparison, and less with each), for at most so many steps.
+    doubt, trial_steps = 0.13, 64
     # Steps without speculation between two probes, the first and the longest wait.
     probe_after, probe_at_most = 64, 1024
     # Cycles between two plain steps while speculation is on: soon at first, then as rarely as the loss is below
     # ``pause_loss`` of the time.
-    first_pauses, pause_soon, pause_after, pause_at_most = 4, 8, 16, 256
+    first_pauses, pause_soon, pause_after, pause_at_most = 4, 6, 16, 256
     pause_loss = 0.005
 
     def __init__(self, reference: Callable[[int, float], float]) -> None:
@@ -94,7 +95,7 @@ class Switch:
         """What the next step drafts for."""
         size = self._size(num_reqs)
         gain = self.gain(num_reqs, predicted)
-        if gain < self.start and self._tries(size, predicted):
+        if gain < self.start and self._tries(size, gain):
             gain = self.start
         self._predicted = predicted
         was_on = self.on
@@ -128,8 +129,10 @@ class Switch:
         elif self.on:
             size.compare(seconds, self._predicted)
 
-    def _tries(self, size: _Size, predicted: float) -> bool:
-        if size.num_pauses >= self.first_pauses or predicted < self.worth_a_try:
+    def _tries(self, size: _Size, gain: float) -> bool:
+        """Whether the gain may be high enough, as far as this size was measured."""
+        hope = math.exp(self.doubt / math.sqrt(size.num_pauses + 1))
+        if size.num_pauses >= self.first_pauses or gain * hope < self.start:
             return False
         size.steps_tried += 1
         return size.steps_tried <= self.trial_steps

@@ -128,6 +128,11 @@ class TreeDrafter:
         """The ``top_k`` likeliest next tokens of each row (target ids) and their log-probabilities."""
         raise NotImplementedError
 
+    def time_pass(self, num_rows: int) -> None:
+        """What a level of so many rows takes, on dummy inputs and without attention."""
+        normed, _ = self._run_head(num_rows, None, {})
+        self._top_children(normed, 8)
+
     # ---- a draft
 
     def _run_head(

@@ -126,7 +126,7 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 def _compile(command: list[str], path: Path) -> None:
-    print("heterospec: compiling the CPU tree attention kernel (once) ...", file=sys.stderr)
+    print("heterospec: compiling the CPU kernels (once) ...", file=sys.stderr)
     start = time.monotonic()
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as folder:
         unlinked, linked = Path(folder) / "kernel.o", Path(folder) / "kernel.so"

@@ -3,6 +3,8 @@
 
 import torch
 
+from .head_layer_cpu import HeadLayerWeights
+
 
 def paged_keys_values(
     # [num_blocks, num_kv_heads, block_size, head_size], `vec` layout
@@ -141,3 +143,70 @@ def argmax_rows(
 ) -> torch.Tensor:
     """What `argmax_rows_cpu` computes (same arguments); also what runs without the library."""
     return values[rows].float().argmax(dim=-1)
+
+
+def head_layer(
+    weights: HeadLayerWeights,
+    token_ids: torch.Tensor,
+    positions: torch.Tensor,
+    hidden: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    scratch_key: torch.Tensor,
+    scratch_value: torch.Tensor,
+    first_row: int,
+    tail_index: torch.Tensor,
+    slots: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `head_layer_cpu` computes (same arguments), in float64 but for what it stores."""
+    w, num_rows, dim = weights, token_ids.shape[0], weights.head_size
+    num_heads, num_kv_heads = w.num_heads, w.num_kv_heads
+
+    def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + w.epsilon)
+        return x * scale * weight.double()
+
+    before = hidden.double()
+    normed_hidden = norm(before, w.hidden_norm)
+    residual = normed_hidden if w.norm_before_residual else before
+    embedded = norm(w.embedding[token_ids].double(), w.embed_norm)
+    heads = torch.cat([embedded, normed_hidden], dim=-1) @ w.qkv.double().T
+    heads = heads.view(num_rows, -1, dim)
+    half = w.cos_sin.shape[1] // 2
+    cosines, sines = w.cos_sin[positions].double()[:, None].chunk(2, dim=-1)
+    x, y = heads[..., :half].clone(), heads[..., half : 2 * half].clone()
+    rotated = heads.clone()
+    rotated[..., :half] = x * cosines - y * sines
+    rotated[..., half : 2 * half] = y * cosines + x * sines
+    query = rotated[:, :num_heads].to(hidden.dtype)
+    key = rotated[:, num_heads : num_heads + num_kv_heads].to(hidden.dtype)
+    value = heads[:, num_heads + num_kv_heads :].to(hidden.dtype)
+    scratch_key[first_row : first_row + num_rows] = key
+    scratch_value[first_row : first_row + num_rows] = value
+    attended = torch.empty_like(query)
+    draft_attention(
+        query, key_cache, value_cache, attended, query_start_loc, context_lens, block_table,
+        scratch_key, scratch_value, tail_index, w.scale,
+    )  # fmt: skip
+    for row, slot in enumerate([] if slots is None else slots.tolist()):
+        block, inside = divmod(slot, key_cache.shape[2])
+        for h in range(num_kv_heads):
+            key_cache[block, h].view(dim, -1)[:, inside] = key[row, h]
+            value_cache[block, h, inside] = value[row, h]
+    residual = residual + attended.double().flatten(1) @ w.attention_output.double().T
+    gate, up = (norm(residual, w.post_norm) @ w.gate_up.double().T).chunk(2, dim=-1)
+    residual = residual + (torch.nn.functional.silu(gate) * up) @ w.down.double().T
+    normed = norm(residual, w.final_norm).to(hidden.dtype)
+    return normed, normed.clone() if w.norm_output else residual.to(hidden.dtype)
+
+
+def top_tokens(
+    rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor | None, top_k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `top_tokens_cpu` computes (same arguments), in float64."""
+    log_probs, columns = (rows.double() @ weight.double().T).log_softmax(dim=-1).topk(top_k)
+    tokens = columns if offsets is None else columns + offsets[columns]
+    return tokens, log_probs.float()

@@ -4,6 +4,7 @@
 import ctypes
 import struct
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ MAX_ROWS = 64  # rows a request: the width of the ancestor mask
 SUPPORTED_HEAD_SIZES = tuple(range(32, 257, 32))  # vLLM stores other sizes as `vec16`
 BLOCK_SIZE_MULTIPLE = 16
 
-_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PACK = struct.Struct("=2q8Q14qd3Q4q").pack  # csrc/attend.hpp: Arguments
 
 
@@ -132,7 +133,15 @@ def tree_attention_cpu(
 NO_TAIL = (0,) * 7
 
 
-def launch(
+def launch(*arguments: Any) -> None:
+    """Calls the C entry with the arguments of `pack`; for the launchers of this package."""
+    if _Kernel.entry is None:
+        ensure_built()
+    failed = _Kernel.entry(pack(*arguments))  # type: ignore[misc]
+    assert not failed
+
+
+def pack(
     query: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
@@ -144,47 +153,44 @@ def launch(
     scale: float,
     num_threads: int,
     tail: tuple[int, ...],
-) -> None:
-    """Packs addresses and strides and calls the C entry; for the launchers of this package."""
-    if _Kernel.entry is None:
-        ensure_built()
-    num_tokens, num_heads, head_size = query.shape
+    *,
+    num_heads: int | None = None,
+    head_size: int | None = None,
+) -> bytes:
+    """Addresses and strides as the C code wants them; the sizes of heads are the query's unless given."""
     _, num_kv_heads, block_size, _ = key_cache.shape
     query_token_stride, query_head_stride, _ = query.stride()
     key_block_stride, key_head_stride, _, _ = key_cache.stride()
     value_block_stride, value_head_stride, _, _ = value_cache.stride()
     output_token_stride, output_head_stride, _ = output.stride()
-    failed = _Kernel.entry(  # type: ignore[misc]
-        _PACK(
-            _DTYPE_CODES[query.dtype],
-            num_threads,
-            query.data_ptr(),
-            key_cache.data_ptr(),
-            value_cache.data_ptr(),
-            output.data_ptr(),
-            query_start_loc.data_ptr(),
-            seq_lens.data_ptr(),
-            block_table.data_ptr(),
-            ancestor_mask,
-            seq_lens.shape[0],
-            num_heads,
-            num_kv_heads,
-            head_size,
-            block_size,
-            query_token_stride,
-            query_head_stride,
-            key_block_stride,
-            key_head_stride,
-            value_block_stride,
-            value_head_stride,
-            output_token_stride,
-            output_head_stride,
-            block_table.stride(0),
-            scale,
-            *tail,
-        )
+    return _PACK(
+        DTYPE_CODES[query.dtype],
+        num_threads,
+        query.data_ptr(),
+        key_cache.data_ptr(),
+        value_cache.data_ptr(),
+        output.data_ptr(),
+        query_start_loc.data_ptr(),
+        seq_lens.data_ptr(),
+        block_table.data_ptr(),
+        ancestor_mask,
+        seq_lens.shape[0],
+        num_heads or query.shape[1],
+        num_kv_heads,
+        head_size or query.shape[2],
+        block_size,
+        query_token_stride,
+        query_head_stride,
+        key_block_stride,
+        key_head_stride,
+        value_block_stride,
+        value_head_stride,
+        output_token_stride,
+        output_head_stride,
+        block_table.stride(0),
+        scale,
+        *tail,
     )
-    assert not failed
 
 
 def check_arguments(
@@ -238,8 +244,8 @@ def _check_small(
 def _check_tensors(
     query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, output: torch.Tensor
 ) -> None:
-    allowed = ", ".join(map(str, _DTYPE_CODES))
-    _require(query.dtype in _DTYPE_CODES, "query.dtype", query.dtype, allowed)
+    allowed = ", ".join(map(str, DTYPE_CODES))
+    _require(query.dtype in DTYPE_CODES, "query.dtype", query.dtype, allowed)
     tensors = {"key_cache": key_cache, "value_cache": value_cache, "output": output}
     for name, tensor in tensors.items():
         _require(tensor.dtype == query.dtype, f"{name}.dtype", tensor.dtype, query.dtype)

@@ -105,7 +105,7 @@ class HeteroSpecCPUAttentionImpl(CPUAttentionBackendImpl):
         super().__init__(*args, **kwargs)
         self._pages: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
-    def _key_value_pages(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def key_value_pages(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The layer's K and V pages as vLLM's own impl views them, made once per cache tensor."""
         if self._pages is None or self._pages[0] is not kv_cache:
             num_blocks, num_kv_heads, block_size, _ = kv_cache.size()
@@ -152,7 +152,7 @@ class HeteroSpecCPUAttentionImpl(CPUAttentionBackendImpl):
     ) -> torch.Tensor:
         rows = metadata.trees
         num_tokens = rows.num_tokens
-        key_pages, value_pages = self._key_value_pages(kv_cache)
+        key_pages, value_pages = self.key_value_pages(kv_cache)
         tree_attention_cpu(
             query[:num_tokens],
             key_pages,
@@ -182,7 +182,7 @@ class HeteroSpecCPUAttentionImpl(CPUAttentionBackendImpl):
         scratch_key, scratch_value = metadata.scratch[layer.layer_name]
         scratch_key[metadata.scratch_rows] = key
         scratch_value[metadata.scratch_rows] = value
-        key_pages, value_pages = self._key_value_pages(kv_cache)
+        key_pages, value_pages = self.key_value_pages(kv_cache)
         # Without a compiler chains are drafted, whose levels have one row a request.
         attend = draft_attention_cpu if is_available() else reference.draft_attention
         attend(

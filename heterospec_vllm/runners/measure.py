@@ -34,7 +34,7 @@ def measure_costs(runner: Any, proposer: TreeDrafter) -> StepCosts:
     rows = [n for n in ROWS if n <= most] or [most]
     with torch.inference_mode():
         verify = [_median(partial(_target, runner, proposer, n)) for n in tokens]
-        level = [_median(partial(_head, proposer, n)) for n in rows]
+        level = [_median(partial(proposer.time_pass, n)) for n in rows]
     logger.info("heterospec: measured step costs in %.1f s", time.perf_counter() - start)
     level_table = table_from_samples(ROW_KNOTS, np.array(rows), np.array(level))
     return StepCosts(
@@ -59,8 +59,3 @@ def _target(runner: Any, proposer: TreeDrafter, num_tokens: int) -> None:
         hidden, _ = runner._dummy_run(num_tokens)
     logits = runner.model.compute_logits(hidden[:num_tokens])
     logits.argmax(dim=-1)
-
-
-def _head(proposer: TreeDrafter, num_rows: int) -> None:
-    normed, _ = proposer._run_head(num_rows, None, {})
-    proposer._top_children(normed, 8)

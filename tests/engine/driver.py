@@ -4,7 +4,7 @@
 A job is `{"engine": LLM arguments, "runs": [run, ...]}`; a run is `{"name", "prompts" (token ids or
 text), "sampling" (one dict or one a prompt), "batch" (requests at a time, default all), "policy"
 (optional: arguments of set_heterospec_policy), "random_policy" (optional: arguments of
-random_policy.install)}`. Two engines of one
+random_policy.install), "fused_head" (optional: that of choose_head)}`. Two engines of one
 process would share threads and caches, so tests start a process each.
 """
 
@@ -30,6 +30,10 @@ def main(job_file: str, out_file: str) -> None:
             from random_policy import install
 
             llm.collective_rpc(install, kwargs=run["random_policy"])
+        if "fused_head" in run:
+            from choose_head import choose_head
+
+            llm.collective_rpc(choose_head, args=(run["fused_head"],))
         if speculates:
             llm.collective_rpc("heterospec_counters", kwargs={"reset": True})
         preemptions = _metric(llm, "vllm:num_preemptions")

@@ -69,7 +69,12 @@ def prompts(models) -> list[list[int]]:
     return [ids[: MAX_MODEL_LEN - ANSWER - 1] for ids in token_ids]
 
 
-def _engine(models: dict[str, str], speculate: bool, **arguments: Any) -> dict[str, Any]:
+STATIC = {"policy": "static", "num_speculative_tokens": 12, "max_depth": 5, "top_k": 4}
+
+
+def _engine(
+    models: dict[str, str], speculate: bool, *, policy: dict[str, Any] = STATIC, **arguments: Any
+) -> dict[str, Any]:
     engine: dict[str, Any] = {
         "model": models["target"],
         "dtype": "float32",
@@ -83,10 +88,7 @@ def _engine(models: dict[str, str], speculate: bool, **arguments: Any) -> dict[s
         engine["speculative_config"] = {
             "method": "heterospec",
             "model": models["head"],
-            "policy": "static",
-            "num_speculative_tokens": 12,
-            "max_depth": 5,
-            "top_k": 4,
+            **policy,
         }
     return engine
 
@@ -137,6 +139,18 @@ def test_greedy(models, prompts, plain_greedy, tmp_path, batch: int) -> None:
     assert_speculated(ours["counters"])
 
 
+@pytest.mark.parametrize("policy", ["marginal", "paper"])
+def test_greedy_under_a_policy(models, prompts, plain_greedy, tmp_path, policy: str) -> None:
+    """Trees that change with every step, and with ``marginal`` steps without any."""
+    job = {
+        "engine": _engine(models, True, policy={"policy": policy}),
+        "runs": [_run("all", prompts, GREEDY, 8)],
+    }
+    ours = run_engine(job, tmp_path / "ours", timeout=7200)["all"]
+    _assert_same(plain_greedy, ours, prompts, models, tmp_path / "gaps")
+    assert ours["counters"]["accepted_nodes"] > 0
+
+
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_seeded(models, prompts, tmp_path, temperature: float) -> None:
     some = prompts[:: max(1, len(prompts) // 80)]
@@ -172,7 +186,7 @@ def test_greedy_under_pressure(models, prompts, tmp_path, name: str) -> None:
 
 
 def test_n_and_stop_strings(models, prompts, tmp_path) -> None:
-    some = prompts[:: max(1, len(prompts) // 20)]
+    some = prompts[:: max(1, len(prompts) // 80)]
     seeded = [{"temperature": 1.0, "n": 4, "seed": i, "max_tokens": 64} for i in range(len(some))]
     stops = {"temperature": 0.0, "max_tokens": ANSWER, "stop": [".", "\n\n"]}
     runs = [_run("n=4", some, seeded), _run("stop", some, stops)]

@@ -119,6 +119,26 @@ def test_frontier(seed: int, num_reqs: int, width: int, top_k: int) -> None:
 
 
 @few
+@given(seeds, st.lists(st.integers(1, 6), min_size=1, max_size=5), st.sampled_from([4, 16]))
+def test_true_rows(seed: int, counts: list[int], block_size: int) -> None:
+    rng = np.random.default_rng(seed)
+    first = rng.integers(1, 40, len(counts))
+    positions = np.concatenate([np.arange(f, f + n) for f, n in zip(first, counts, strict=True)])
+    table = rng.integers(0, 99, (len(counts), 13)).astype(np.int32)
+    start, context_lens, before, slots = level_loops.true_rows(
+        np.array(counts), positions, table[:, :12], block_size
+    )
+    np.testing.assert_array_equal(np.diff(start), counts)
+    np.testing.assert_array_equal(context_lens, first)
+    for row, position in enumerate(positions):
+        req = np.searchsorted(start, row, side="right") - 1
+        seen = [*range(start[req], row + 1)]
+        assert before[row].tolist() == seen + [NO_ROW] * (max(counts) - len(seen))
+        block = table[req, position // block_size]
+        assert slots[row] == block * block_size + position % block_size
+
+
+@few
 @given(seeds)
 def test_children_inherit_by_the_weight_of_their_parents(seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -120,7 +120,7 @@ def test_paper_without_low_strata_is_the_static_tree() -> None:
 def marginal(**costs: float) -> MarginalPolicy:
     policy = MarginalPolicy(SHAPE, step_costs(**costs))
     policy.gain_every = 1
-    policy.switch.worth_a_try = np.inf  # predictions decide; test_switch.py measures
+    policy.switch.doubt = -np.inf  # predictions decide; test_switch.py measures
     return policy
 
 

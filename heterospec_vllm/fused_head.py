@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The draft head in two C++ calls a level where it is the usual one: a single Llama layer on CPU.
+
+vLLM runs the head as one of its models: metadata, a compiled graph and ten small matrix products with their own
+overhead, for a few rows. Everything else (other architectures, quantized or larger batches, no compiler) goes through
+vLLM's model; the two differ in rounding only, which changes drafts but never an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from vllm.logger import init_logger
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.model_executor.models.llama import LlamaAttention
+from vllm.model_executor.models.llama_eagle3 import Eagle3LlamaForCausalLM, LlamaDecoderLayer
+
+from heterospec_vllm.kernels import top_tokens_cpu
+from heterospec_vllm.kernels.head_layer_cpu import HeadLayerWeights, head_layer_cpu
+from heterospec_vllm.kernels.tree_attention_cpu import unavailable_reason
+from heterospec_vllm.tree import Floats, Ints
+
+logger = init_logger(__name__)
+
+# With more rows vLLM's matrix products are as good, and its overhead is small beside them.
+MAX_ROWS = 64
+
+
+class FusedHead:
+    """A draft head's weights as the kernels read them."""
+
+    def __init__(self, model: Any) -> None:
+        """Raises ValueError with the reason where the kernels cannot compute this head."""
+        reason = unavailable_reason() or next(_misfits(model), None)
+        if reason is not None:
+            raise ValueError(reason)
+        self._weights = _layer_weights(model)
+        # vLLM pads the rows of a small vocabulary.
+        self._logits_weight = model.lm_head.weight.data[: model.logits_processor.org_vocab_size]
+        reason = self._weights.misfit() or top_tokens_cpu.misfit(self._logits_weight)
+        if reason is not None:
+            raise ValueError(reason)
+        self._offsets = model.draft_id_to_target_id
+        self._attention = model.model.layers[0].self_attn.attn
+
+    def forward(self, **rows: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """`head_layer_cpu` with this head's weights and pages: (normed output, output)."""
+        keys, values = self._attention.impl.key_value_pages(self._attention.kv_cache)
+        return head_layer_cpu(self._weights, key_cache=keys, value_cache=values, **rows)
+
+    def top_tokens(self, normed: torch.Tensor, top_k: int) -> tuple[Ints, Floats]:
+        """[num_rows, top_k] each: the likeliest next tokens (target ids) and their log-probabilities."""
+        tokens, log_probs = top_tokens_cpu.top_tokens_cpu(
+            normed, self._logits_weight, self._offsets, top_k
+        )
+        return tokens.numpy(), log_probs.numpy()
+
+
+def fused_head(model: Any) -> FusedHead | None:
+    """The head of a loaded model, or None with the reason in the log."""
+    try:
+        return FusedHead(model)
+    except ValueError as reason:
+        logger.info("heterospec: the draft head runs as vLLM's model: %s", reason)
+        return None
+
+
+def _misfits(model: Any) -> Iterator[str]:
+    """Why the kernels compute something else than vLLM's model."""
+    if type(model) is not Eagle3LlamaForCausalLM or len(model.model.layers) != 1:
+        yield f"it is a {type(model).__name__} or has several layers, not one Llama layer"
+        return
+    inner, logits = model.model, model.logits_processor
+    layer = inner.layers[0]
+    attention, mlp = layer.self_attn, layer.mlp
+    if type(layer) is not LlamaDecoderLayer or type(attention) is not LlamaAttention:
+        yield f"its layer is a {type(layer).__name__} with {type(attention).__name__}"
+    for linear in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj):
+        if type(linear.quant_method) is not UnquantizedLinearMethod or linear.bias is not None:
+            yield "a linear layer is quantized or has a bias"
+        if linear.tp_size != 1:
+            yield "it is spread over several workers"
+    if type(model.lm_head.quant_method) is not UnquantizedEmbeddingMethod:
+        yield "its output weight is quantized"
+    if logits.scale != 1.0 or logits.soft_cap is not None:
+        yield "its logits are scaled"
+    rotary = attention.rotary_emb
+    if (
+        not rotary.is_neox_style
+        or type(rotary).forward_native is not RotaryEmbedding.forward_native
+    ):
+        yield f"its rotary embedding is {type(rotary).__name__}"
+    norms = _norms(model)
+    if any(type(norm) is not RMSNorm or norm.variance_size_override for norm in norms):
+        yield "a norm is no plain RMSNorm"
+    if len({norm.variance_epsilon for norm in norms}) != 1:
+        yield "its norms have several epsilons"
+
+
+def _norms(model: Any) -> tuple[Any, ...]:
+    layer = model.model.layers[0]
+    return (
+        layer.input_layernorm,
+        layer.hidden_norm,
+        layer.post_attention_layernorm,
+        model.model.norm,
+    )
+
+
+def _layer_weights(model: Any) -> HeadLayerWeights:
+    inner = model.model
+    layer = inner.layers[0]
+    attention, mlp = layer.self_attn, layer.mlp
+    embed_norm, hidden_norm, post_norm, final_norm = (norm.weight.data for norm in _norms(model))
+    embedding = inner.embed_tokens.weight.data
+    hidden_size, dtype = embedding.shape[1], embedding.dtype
+    return HeadLayerWeights(
+        embedding=embedding,
+        embed_norm=embed_norm,
+        hidden_norm=hidden_norm,
+        qkv=_weight_of(attention.qkv_proj, 2 * hidden_size, dtype),
+        attention_output=_weight_of(attention.o_proj, attention.q_size, dtype),
+        post_norm=post_norm,
+        gate_up=_weight_of(mlp.gate_up_proj, hidden_size, dtype),
+        down=_weight_of(mlp.down_proj, mlp.down_proj.input_size, dtype),
+        final_norm=final_norm,
+        cos_sin=attention.rotary_emb.cos_sin_cache.float().contiguous(),
+        head_size=attention.head_dim,
+        epsilon=_norms(model)[0].variance_epsilon,
+        scale=attention.scaling,
+        norm_before_residual=layer._residual_norm == layer._norm_before_residual,
+        norm_output=inner.norm_output,
+    )
+
+
+def _weight_of(linear: Any, depth: int, dtype: torch.dtype) -> torch.Tensor:
+    """[columns, depth] the weight of a linear layer, however vLLM has packed it: what it makes of unit vectors.
+
+    vLLM frees the checkpoint's layout after packing. Products with one are exact in every dtype.
+    """
+    unit = linear.quant_method.apply(linear, torch.eye(depth, dtype=dtype), None)
+    return unit.T.contiguous()

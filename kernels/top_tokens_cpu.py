@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A draft head's logits and the likeliest tokens of each row, in one call on CPU (C++, csrc/)."""
+
+import struct
+
+import torch
+
+from .cpu_library import c_entry
+from .tree_attention_cpu import DTYPE_CODES
+
+_PACK = struct.Struct("=5q5Q").pack  # csrc/top_tokens.hpp: TopArguments
+_DEPTH_MULTIPLE, _COLUMN_MULTIPLE = 32, 8
+
+
+def misfit(weight: torch.Tensor) -> str | None:
+    """Why the kernel cannot read a head's output weight, or None where it can."""
+    if weight.dtype not in DTYPE_CODES or weight.dim() != 2 or not weight.is_contiguous():
+        return f"the output weight is {weight.dtype}, allowed: contiguous {list(DTYPE_CODES)}"
+    columns, depth = weight.shape
+    if columns % _COLUMN_MULTIPLE or depth % _DEPTH_MULTIPLE:
+        return (
+            f"the output weight is {columns} x {depth}, "
+            f"allowed: multiples of {_COLUMN_MULTIPLE} and {_DEPTH_MULTIPLE}"
+        )
+    return None
+
+
+def top_tokens_cpu(
+    # [num_rows, hidden_size], contiguous
+    rows: torch.Tensor,
+    # [draft_vocab_size, hidden_size], contiguous
+    weight: torch.Tensor,
+    # [draft_vocab_size], int64: what is added to a column to get its token
+    offsets: torch.Tensor | None,
+    top_k: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens int64, log-probabilities float32), each [num_rows, top_k], the likeliest first, of equals the first.
+
+    A row with a NaN or infinite logit has log-probabilities of NaN and some tokens.
+
+    Raises:
+        LibraryUnavailable: the kernel cannot be built.
+    """
+    assert rows.dtype == weight.dtype and rows.is_contiguous() and weight.is_contiguous()
+    assert rows.shape[1] == weight.shape[1] and 1 <= top_k <= weight.shape[0]
+    assert offsets is None or offsets.dtype == torch.int64
+    num_rows = rows.shape[0]
+    tokens = torch.empty((num_rows, top_k), dtype=torch.int64)
+    log_probs = torch.empty((num_rows, top_k), dtype=torch.float32)
+    failed = c_entry("heterospec_top_tokens")(
+        _PACK(
+            DTYPE_CODES[rows.dtype],
+            num_rows,
+            weight.shape[1],
+            weight.shape[0],
+            top_k,
+            rows.data_ptr(),
+            weight.data_ptr(),
+            0 if offsets is None else offsets.data_ptr(),
+            tokens.data_ptr(),
+            log_probs.data_ptr(),
+        )
+    )
+    assert not failed
+    return tokens, log_probs

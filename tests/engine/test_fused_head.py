@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A draft head in two C++ calls a level drafts what vLLM's own model of it drafts."""
+
+from typing import Any
+
+import pytest
+from harness import assert_speculated, divergences, run_engine
+from test_identity_tiny import GREEDY, MANY, _engine, models  # noqa: F401
+
+pytestmark = pytest.mark.engine
+
+STATIC = {"policy": "static", "num_speculative_tokens": 12, "max_depth": 4, "top_k": 4}
+BATCHES = {"all": None, "one at a time": 1}
+
+
+@pytest.fixture(scope="module")
+def runs(models, tmp_path_factory) -> dict[str, Any]:  # noqa: F811
+    """float32, so that both heads order the candidates alike."""
+    job = [
+        {
+            "name": f"{name}, {'fused' if fused else 'vllm'}",
+            "prompts": MANY,
+            "sampling": GREEDY,
+            "batch": batch,
+            "policy": STATIC,
+            "fused_head": fused,
+        }
+        for name, batch in BATCHES.items()
+        for fused in (True, False)
+    ]
+    return run_engine(
+        {"engine": _engine(models, True), "runs": job}, tmp_path_factory.mktemp("fused")
+    )
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_the_same_trees(runs, name: str) -> None:
+    fused, as_model = runs[f"{name}, fused"], runs[f"{name}, vllm"]
+    assert divergences(as_model, fused) == []
+    assert_speculated(fused["counters"])
+    for counter in ("steps", "drafted_nodes", "verified_nodes", "accepted_nodes", "moved_kv_rows"):
+        assert fused["counters"][counter] == as_model["counters"][counter], counter
