@@ -104,7 +104,7 @@ class HeteroSpecProposer(TreeDrafter, EagleProposer):
             fused,
             token_ids=token_ids,
             positions=positions,
-            hidden=self._fuse_taps(tokens.features),
+            hidden=fused.fuse_taps(tokens.features),
             query_start_loc=torch.from_numpy(start),
             context_lens=torch.from_numpy(context_lens),
             block_table=tokens.block_table,

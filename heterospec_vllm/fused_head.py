@@ -20,9 +20,10 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from vllm.model_executor.models.llama import LlamaAttention
 from vllm.model_executor.models.llama_eagle3 import Eagle3LlamaForCausalLM, LlamaDecoderLayer
 
-from heterospec_vllm.kernels import top_tokens_cpu
+from heterospec_vllm.kernels import tap_fusion_cpu, top_tokens_cpu
 from heterospec_vllm.kernels.head_layer_cpu import HeadLayerWeights, head_layer_cpu
 from heterospec_vllm.kernels.tree_attention_cpu import unavailable_reason
+from heterospec_vllm.taps import TapFusion
 from heterospec_vllm.tree import Floats, Ints
 
 logger = init_logger(__name__)
@@ -42,11 +43,23 @@ class FusedHead:
         self._weights = _layer_weights(model)
         # vLLM pads the rows of a small vocabulary.
         self._logits_weight = model.lm_head.weight.data[: model.logits_processor.org_vocab_size]
-        reason = self._weights.misfit() or top_tokens_cpu.misfit(self._logits_weight)
+        taps = TapFusion(model)
+        self._norms, self._epsilon = taps.norms, taps.epsilon
+        depth = model.model.fc_input_size
+        self._fc = _weight_of(model.model.fc, depth, self._weights.embedding.dtype)
+        reason = (
+            self._weights.misfit()
+            or top_tokens_cpu.misfit(self._logits_weight)
+            or tap_fusion_cpu.misfit(self._norms, self._fc)
+        )
         if reason is not None:
             raise ValueError(reason)
         self._offsets = model.draft_id_to_target_id
         self._attention = model.model.layers[0].self_attn.attn
+
+    def fuse_taps(self, features: torch.Tensor) -> torch.Tensor:
+        """[num_tokens, num_taps * hidden_size] to [num_tokens, hidden_size]."""
+        return tap_fusion_cpu.tap_fusion_cpu(features, self._norms, self._fc, self._epsilon)
 
     def forward(self, **rows: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """`head_layer_cpu` with this head's weights and pages: (normed output, output)."""
@@ -80,11 +93,14 @@ def _misfits(model: Any) -> Iterator[str]:
     attention, mlp = layer.self_attn, layer.mlp
     if type(layer) is not LlamaDecoderLayer or type(attention) is not LlamaAttention:
         yield f"its layer is a {type(layer).__name__} with {type(attention).__name__}"
-    for linear in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj):
+    if inner.norm_before_fc or (inner.fc_norm is not None and TapFusion(model).norms is None):
+        yield "its taps are normed in another way"
+    linears = attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj, inner.fc
+    for linear in linears:
         if type(linear.quant_method) is not UnquantizedLinearMethod or linear.bias is not None:
             yield "a linear layer is quantized or has a bias"
-        if linear.tp_size != 1:
-            yield "it is spread over several workers"
+    if attention.qkv_proj.tp_size != 1:
+        yield "it is spread over several workers"
     if type(model.lm_head.quant_method) is not UnquantizedEmbeddingMethod:
         yield "its output weight is quantized"
     if logits.scale != 1.0 or logits.soft_cap is not None:

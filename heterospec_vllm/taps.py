@@ -22,19 +22,20 @@ class TapFusion:
         norms = list(getattr(inner, "fc_norm", None) or [])
         # `norm_before_fc` is another norm in front of these.
         plain = bool(norms) and not getattr(inner, "norm_before_fc", False)
-        self._weight: torch.Tensor | None = None
+        self.norms: torch.Tensor | None = None  # [num_taps, hidden_size]
+        self.epsilon = 0.0
         if plain and all(_is_plain(norm, norms[0]) for norm in norms):
-            self._weight = torch.stack([norm.weight.data for norm in norms])
-            self._eps = float(norms[0].variance_epsilon)
+            self.norms = torch.stack([norm.weight.data for norm in norms])
+            self.epsilon = float(norms[0].variance_epsilon)
             self._fc = inner.fc  # type: ignore[union-attr]
 
     def __call__(self, features: torch.Tensor) -> torch.Tensor:
         """[num_tokens, num_taps * hidden_size] to [num_tokens, hidden_size]."""
-        weight = self._weight
+        weight = self.norms
         if weight is None:
             return self._combine(features)
         taps = features.view(features.shape[0], *weight.shape)
-        normed = rms_norm(taps, weight.shape[1:], eps=self._eps) * weight
+        normed = rms_norm(taps, weight.shape[1:], eps=self.epsilon) * weight
         return self._fc(normed.view(features.shape))
 
 

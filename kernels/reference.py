@@ -210,3 +210,15 @@ def top_tokens(
     log_probs, columns = (rows.double() @ weight.double().T).log_softmax(dim=-1).topk(top_k)
     tokens = columns if offsets is None else columns + offsets[columns]
     return tokens, log_probs.float()
+
+
+def tap_fusion(
+    features: torch.Tensor, norms: torch.Tensor | None, weight: torch.Tensor, epsilon: float
+) -> torch.Tensor:
+    """What `tap_fusion_cpu` computes (same arguments), in float64."""
+    taps = features.double()
+    if norms is not None:
+        taps = taps.unflatten(1, tuple(norms.shape))
+        taps = taps * torch.rsqrt(taps.pow(2).mean(-1, keepdim=True) + epsilon) * norms.double()
+        taps = taps.flatten(1)
+    return (taps @ weight.double().T).to(weight.dtype)

@@ -4,6 +4,7 @@
 #include "head_layer.hpp"
 #include "kv_compact.hpp"
 #include "parallel_attend.hpp"
+#include "tap_fusion.hpp"
 #include "top_tokens.hpp"
 
 #define HETEROSPEC_EXPORT extern "C" __attribute__((visibility("default")))
@@ -34,6 +35,16 @@ HETEROSPEC_EXPORT int heterospec_top_tokens(const heterospec::TopArguments* args
     case 0: heterospec::top_tokens<float>(*args); return 0;
     case 1: heterospec::top_tokens<heterospec::bf16>(*args); return 0;
     case 2: heterospec::top_tokens<heterospec::f16>(*args); return 0;
+    default: return 1;
+  }
+}
+
+// Returns 0, or 1 for a dtype code it does not know.
+HETEROSPEC_EXPORT int heterospec_fuse_taps(const heterospec::TapArguments* args) {
+  switch (args->dtype) {
+    case 0: heterospec::fuse_taps<float>(*args); return 0;
+    case 1: heterospec::fuse_taps<heterospec::bf16>(*args); return 0;
+    case 2: heterospec::fuse_taps<heterospec::f16>(*args); return 0;
     default: return 1;
   }
 }

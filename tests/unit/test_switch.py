@@ -76,6 +76,12 @@ def test_a_prediction_that_belittles_is_found_out_by_a_trial() -> None:
     assert hopeless.run(Switch(plain_seconds), 0.7, 100)["all"] == 0
 
 
+def test_a_trial_that_fails_is_short() -> None:
+    """One comparison that says what a loss it is ends it: a burst of thirty steps must not be all trial."""
+    machine = Machine(gain=0.8, noise=0.02, num_reqs=16)
+    assert machine.run(Switch(plain_seconds), 0.98, 60)["all"] <= 2 * Switch.pause_soon
+
+
 @pytest.mark.parametrize("gain", [0.8, 0.9, 0.97, 1.0, 1.1, 1.2, 1.6])
 @pytest.mark.parametrize("predicted", [0.95, 1.1, 1.4])
 def test_little_is_lost_whatever_was_predicted(gain: float, predicted: float) -> None:

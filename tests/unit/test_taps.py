@@ -46,7 +46,7 @@ def test_equal_to_one_by_one(dtype: torch.dtype, rows: int) -> None:
     features = torch.randn(rows, TAPS * HIDDEN, dtype=dtype) * torch.logspace(-2, 2, rows)[:, None]
     features = features.to(dtype)
     fused = TapFusion(model)
-    assert fused._weight is not None
+    assert fused.norms is not None
     # bfloat16: one rounding more or less before the product, 2**-8 of each term.
     tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(
@@ -56,8 +56,8 @@ def test_equal_to_one_by_one(dtype: torch.dtype, rows: int) -> None:
 
 def test_other_heads_keep_their_own_function() -> None:
     several = head([Norm(), Norm(1e-6), Norm(), Norm()], torch.bfloat16)
-    assert TapFusion(several)._weight is None
+    assert TapFusion(several).norms is None
     before = head([Norm() for _ in range(TAPS)], torch.bfloat16, norm_before_fc=True)
-    assert TapFusion(before)._weight is None
+    assert TapFusion(before).norms is None
     bare = SimpleNamespace(combine_hidden_states=lambda x: 2 * x)
     assert TapFusion(bare)(torch.ones(1)).item() == 2
