@@ -94,8 +94,9 @@ class CellSummary:
         return self.entries[system].speeds if system in self.entries else _NOTHING
 
     def relative(self, system: str) -> Frame:
-        """Speeds over plain's of the same run; Series by folder and round."""
-        return (self.speeds(system) / self.speeds(PLAIN)).dropna().droplevel("group")
+        """Speeds over plain's of the same run; Series by folder and round, which plain has once for every group."""
+        ratios = (self.speeds(system) / self.speeds(PLAIN)).dropna()
+        return ratios.groupby(level=["folder", "round"]).median()
 
     def against(self, system: str, rival: str | None) -> Paired | None:
         """None where one of the two has no timing."""
