@@ -56,7 +56,7 @@ class HeteroSpecProposer(TreeDrafter, EagleProposer):
 
     @cached_property
     def _fused(self) -> FusedHead | None:
-        return fused_head(self.model)
+        return fused_head(self.model, self.max_model_len)
 
     def _fused_for(self, num_rows: int) -> FusedHead | None:
         return self._fused if num_rows <= MAX_ROWS else None

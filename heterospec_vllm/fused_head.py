@@ -35,9 +35,9 @@ MAX_ROWS = 64
 class FusedHead:
     """A draft head's weights as the kernels read them."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, max_model_len: int) -> None:
         """Raises ValueError with the reason where the kernels cannot compute this head."""
-        reason = unavailable_reason() or next(_misfits(model), None)
+        reason = unavailable_reason() or next(_misfits(model, max_model_len), None)
         if reason is not None:
             raise ValueError(reason)
         self._weights = _layer_weights(model)
@@ -74,16 +74,16 @@ class FusedHead:
         return tokens.numpy(), log_probs.numpy()
 
 
-def fused_head(model: Any) -> FusedHead | None:
+def fused_head(model: Any, max_model_len: int) -> FusedHead | None:
     """The head of a loaded model, or None with the reason in the log."""
     try:
-        return FusedHead(model)
+        return FusedHead(model, max_model_len)
     except ValueError as reason:
         logger.info("heterospec: the draft head runs as vLLM's model: %s", reason)
         return None
 
 
-def _misfits(model: Any) -> Iterator[str]:
+def _misfits(model: Any, max_model_len: int) -> Iterator[str]:
     """Why the kernels compute something else than vLLM's model."""
     if type(model) is not Eagle3LlamaForCausalLM or len(model.model.layers) != 1:
         yield f"it is a {type(model).__name__} or has several layers, not one Llama layer"
@@ -111,6 +111,8 @@ def _misfits(model: Any) -> Iterator[str]:
         or type(rotary).forward_native is not RotaryEmbedding.forward_native
     ):
         yield f"its rotary embedding is {type(rotary).__name__}"
+    if rotary.cos_sin_cache.shape[0] < max_model_len:
+        yield f"its rotary table ends at {rotary.cos_sin_cache.shape[0]}, before max_model_len"
     norms = _norms(model)
     if any(type(norm) is not RMSNorm or norm.variance_size_override for norm in norms):
         yield "a norm is no plain RMSNorm"

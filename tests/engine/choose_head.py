@@ -9,4 +9,5 @@ from heterospec_vllm.fused_head import FusedHead
 def choose_head(worker: Any, fused: bool) -> None:
     """In two C++ calls a level, which must be possible, or as vLLM's model."""
     drafter = worker.model_runner.drafter
-    drafter.__dict__["_fused"] = FusedHead(drafter.model) if fused else None
+    head = FusedHead(drafter.model, drafter.max_model_len) if fused else None
+    drafter.__dict__["_fused"] = head
