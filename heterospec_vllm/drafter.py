@@ -9,7 +9,6 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.v1.spec_decode.eagle import EagleProposer
@@ -63,10 +62,8 @@ class HeteroSpecProposer(TreeDrafter, EagleProposer):
 
     def _first_pass_of(self, tokens: TrueTokens) -> HeadContext:
         fused = self._fused_for(len(tokens.token_ids))
-        starts = np.cumsum(tokens.num_tokens) - tokens.num_tokens
-        positions = tokens.positions.numpy()
         # The kernel looks back at pages at least; the start of a prompt has none.
-        if fused is not None and positions[starts].min() > 0:
+        if fused is not None and int(tokens.positions.min()) > 0:
             return self._fused_first_pass(fused, tokens)
         num_tokens, last_rows, cad = self.set_inputs_first_pass(
             target_token_ids=tokens.token_ids,

@@ -3,7 +3,7 @@
 
 import torch
 
-from .tree_attention_cpu import launch
+from .tree_attention_cpu import launch, tail_of
 
 
 def draft_attention_cpu(
@@ -37,10 +37,8 @@ def draft_attention_cpu(
     Raises:
         LibraryUnavailable: the kernel cannot be built.
     """
-    assert tail_index.dtype == torch.int32 and tail_index.is_contiguous()
     assert tail_index.shape[0] == query.shape[0]
     assert scratch_key.dtype == scratch_value.dtype == query.dtype
-    assert scratch_key.is_contiguous() and scratch_value.is_contiguous()
     launch(
         query,
         key_cache,
@@ -52,13 +50,5 @@ def draft_attention_cpu(
         0,
         scale,
         0,
-        (
-            scratch_key.data_ptr(),
-            scratch_value.data_ptr(),
-            tail_index.data_ptr(),
-            tail_index.shape[1],
-            scratch_key.stride(0),
-            scratch_value.stride(0),
-            scratch_key.stride(1),
-        ),
+        tail_of(scratch_key, scratch_value, tail_index),
     )

@@ -8,11 +8,17 @@ from dataclasses import dataclass
 import torch
 
 from .cpu_library import c_entry
-from .tree_attention_cpu import BLOCK_SIZE_MULTIPLE, DTYPE_CODES, SUPPORTED_HEAD_SIZES, pack
+from .linear_cpu import DEPTH_MULTIPLE
+from .tree_attention_cpu import (
+    BLOCK_SIZE_MULTIPLE,
+    DTYPE_CODES,
+    SUPPORTED_HEAD_SIZES,
+    pack,
+    tail_of,
+)
 
 _PACK_WEIGHTS = struct.Struct("=5qd10Q").pack  # csrc/head_layer.hpp: HeadArguments, its first part
 _PACK = struct.Struct("=q8Q").pack  # the part after that, before its `attention`
-_SIZE_MULTIPLE = 32  # of every depth of a linear layer
 
 
 @dataclass(frozen=True)
@@ -64,8 +70,8 @@ class HeadLayerWeights:
             if tensor.dtype != self.embedding.dtype or tensor.dtype not in DTYPE_CODES:
                 return f"{name} is {tensor.dtype}, allowed: one of {list(DTYPE_CODES)} for all"
         for name, size in {"hidden": hidden, "query": query, "intermediate": width}.items():
-            if size % _SIZE_MULTIPLE:
-                return f"the {name} size is {size}, allowed: multiples of {_SIZE_MULTIPLE}"
+            if size % DEPTH_MULTIPLE:
+                return f"the {name} size is {size}, allowed: multiples of {DEPTH_MULTIPLE}"
         if self.head_size not in SUPPORTED_HEAD_SIZES:
             return f"head_size is {self.head_size}, allowed: {list(SUPPORTED_HEAD_SIZES)}"
         if self.cos_sin.dtype != torch.float32 or not self.cos_sin.is_contiguous():
@@ -142,9 +148,7 @@ def head_layer_cpu(
     num_rows = token_ids.shape[0]
     assert token_ids.dtype == positions.dtype == torch.int64
     assert hidden.is_contiguous() and hidden.shape == (num_rows, weights.embedding.shape[1])
-    assert tail_index.dtype == torch.int32 and tail_index.is_contiguous()
     assert positions.shape[0] == tail_index.shape[0] == num_rows
-    assert scratch_key.is_contiguous() and scratch_value.is_contiguous()
     assert first_row + num_rows <= scratch_key.shape[0]
     assert key_cache.shape[2] % BLOCK_SIZE_MULTIPLE == 0
     normed, output = torch.empty_like(hidden), torch.empty_like(hidden)
@@ -171,15 +175,7 @@ def head_layer_cpu(
         0,
         weights.scale,
         0,
-        (
-            scratch_key.data_ptr(),
-            scratch_value.data_ptr(),
-            tail_index.data_ptr(),
-            tail_index.shape[1],
-            scratch_key.stride(0),
-            scratch_value.stride(0),
-            scratch_key.stride(1),
-        ),
+        tail_of(scratch_key, scratch_value, tail_index),
         num_heads=weights.num_heads,
         head_size=weights.head_size,
     )

@@ -5,27 +5,25 @@ import struct
 
 import torch
 
+from . import linear_cpu
 from .cpu_library import c_entry
 from .tree_attention_cpu import DTYPE_CODES
 
 _PACK = struct.Struct("=5qd4Q").pack  # csrc/tap_fusion.hpp: TapArguments
-_DEPTH_MULTIPLE, _COLUMN_MULTIPLE = 32, 16
+_COLUMN_MULTIPLE = 16  # lanes of a vector
 
 
 def misfit(norms: torch.Tensor | None, weight: torch.Tensor) -> str | None:
     """Why the kernel cannot compute this fusion, or None where it can."""
-    columns, depth = weight.shape
-    if weight.dtype not in DTYPE_CODES or not weight.is_contiguous():
-        return f"the tap weight is {weight.dtype}, allowed: contiguous {list(DTYPE_CODES)}"
-    if columns % _COLUMN_MULTIPLE or depth % _DEPTH_MULTIPLE:
-        return (
-            f"the tap weight is {columns} x {depth}, "
-            f"allowed: multiples of {_COLUMN_MULTIPLE} and {_DEPTH_MULTIPLE}"
-        )
+    reason = linear_cpu.misfit("tap", weight, _COLUMN_MULTIPLE)
+    if reason is not None:
+        return reason
     if norms is not None and (
-        norms.dtype != weight.dtype or norms.numel() != depth or norms.shape[1] % _COLUMN_MULTIPLE
+        norms.dtype != weight.dtype
+        or norms.numel() != weight.shape[1]
+        or norms.shape[1] % _COLUMN_MULTIPLE
     ):
-        return f"the tap norms are {norms.dtype} {tuple(norms.shape)} for {depth} inputs"
+        return f"the tap norms are {norms.dtype} {tuple(norms.shape)} for {weight.shape[1]} inputs"
     return None
 
 

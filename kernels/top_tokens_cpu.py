@@ -5,24 +5,16 @@ import struct
 
 import torch
 
+from . import linear_cpu
 from .cpu_library import c_entry
 from .tree_attention_cpu import DTYPE_CODES
 
 _PACK = struct.Struct("=5q5Q").pack  # csrc/top_tokens.hpp: TopArguments
-_DEPTH_MULTIPLE, _COLUMN_MULTIPLE = 32, 8
 
 
 def misfit(weight: torch.Tensor) -> str | None:
     """Why the kernel cannot read a head's output weight, or None where it can."""
-    if weight.dtype not in DTYPE_CODES or weight.dim() != 2 or not weight.is_contiguous():
-        return f"the output weight is {weight.dtype}, allowed: contiguous {list(DTYPE_CODES)}"
-    columns, depth = weight.shape
-    if columns % _COLUMN_MULTIPLE or depth % _DEPTH_MULTIPLE:
-        return (
-            f"the output weight is {columns} x {depth}, "
-            f"allowed: multiples of {_COLUMN_MULTIPLE} and {_DEPTH_MULTIPLE}"
-        )
-    return None
+    return linear_cpu.misfit("output", weight)
 
 
 def top_tokens_cpu(

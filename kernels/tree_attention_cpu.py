@@ -133,6 +133,23 @@ def tree_attention_cpu(
 NO_TAIL = (0,) * 7
 
 
+def tail_of(
+    scratch_key: torch.Tensor, scratch_value: torch.Tensor, tail_index: torch.Tensor
+) -> tuple[int, ...]:
+    """The tail fields for rows that see some rows of a scratch; for the launchers of this package."""
+    assert tail_index.dtype == torch.int32 and tail_index.is_contiguous()
+    assert scratch_key.is_contiguous() and scratch_value.is_contiguous()
+    return (
+        scratch_key.data_ptr(),
+        scratch_value.data_ptr(),
+        tail_index.data_ptr(),
+        tail_index.shape[1],
+        scratch_key.stride(0),
+        scratch_value.stride(0),
+        scratch_key.stride(1),
+    )
+
+
 def launch(*arguments: Any) -> None:
     """Calls the C entry with the arguments of `pack`; for the launchers of this package."""
     if _Kernel.entry is None:

@@ -14,8 +14,8 @@
 
 namespace heterospec {
 
-constexpr int kDotColumns = 8;  // columns of a weight are a multiple of this
-constexpr int kDotDepth = 32;   // and its depth of this
+// Columns of a weight are a multiple of this, its depth of 32 (linear_cpu.py).
+constexpr int kDotColumns = 8;
 
 inline int team_size() {
 #if defined(_OPENMP)

@@ -5,6 +5,7 @@
 
 #include "dot.hpp"
 #include "parallel_attend.hpp"
+#include "rows.hpp"
 
 namespace heterospec {
 
@@ -78,7 +79,7 @@ class HeadLayer {
 
   void after_attention() {
     for (Share s(rows_); s.begin < s.end; ++s.begin)
-      copy(attended_ + s.begin * query_size_, left_ + s.begin * query_size_, query_size_);
+      convert(attended_ + s.begin * query_size_, left_ + s.begin * query_size_, query_size_);
 #pragma omp barrier
     linear(args_.attention_output, query_size_, hidden_, sums_);
 #pragma omp barrier
@@ -87,7 +88,7 @@ class HeadLayer {
       norm(row(residual_, s.begin), args_.post_norm, left_ + s.begin * hidden_);
     }
 #pragma omp barrier
-    gate();
+    linear(args_.gate_up, hidden_, 2 * args_.intermediate_size, gates_);
 #pragma omp barrier
     activate();
 #pragma omp barrier
@@ -101,25 +102,15 @@ class HeadLayer {
       if (args_.norm_output)
         std::copy_n(normed, hidden_, output);
       else
-        copy(row(residual_, s.begin), output, hidden_);
+        convert(row(residual_, s.begin), output, hidden_);
     }
   }
 
   float* row(float* matrix, int64_t r) const { return matrix + r * hidden_; }
 
   template <typename From, typename To>
-  static void copy(const From* from, To* to, int64_t count) {
-    for (int64_t i = 0; i < count; i += kLanes) store(to + i, load(from + i));
-  }
-
-  template <typename From, typename To>
   void norm(const From* from, const void* weight, To* to) const {
-    const T* w = static_cast<const T*>(weight);
-    vf16 squares = splat(0.0f);
-    for (int64_t i = 0; i < hidden_; i += kLanes) squares += load(from + i) * load(from + i);
-    const float scale = 1.0f / std::sqrt(reduce_add(squares) / hidden_ + float(args_.epsilon));
-    for (int64_t i = 0; i < hidden_; i += kLanes)
-      store(to + i, load(from + i) * scale * load(w + i));
+    rms_norm(from, static_cast<const T*>(weight), to, hidden_, float(args_.epsilon));
   }
 
   void linear(const void* weight, int64_t depth, int64_t columns, float* out) const {
@@ -135,9 +126,9 @@ class HeadLayer {
     norm(embedded, args_.embed_norm, left);
     norm(hidden, args_.hidden_norm, left + hidden_);
     if (args_.norm_before_residual)
-      copy(left + hidden_, row(residual_, r), hidden_);
+      convert(left + hidden_, row(residual_, r), hidden_);
     else
-      copy(hidden, row(residual_, r), hidden_);
+      convert(hidden, row(residual_, r), hidden_);
   }
 
   // Rotates queries and keys, and puts keys and values where attention finds them.
@@ -146,11 +137,11 @@ class HeadLayer {
     const int64_t dim = a.head_size;
     float* heads = qkv_ + r * (query_size_ + 2 * kv_size_);
     for (int64_t h = 0; h < a.num_heads + a.num_kv_heads; ++h) rotate(heads + h * dim, r);
-    copy(heads, query_ + r * query_size_, query_size_);
+    convert(heads, query_ + r * query_size_, query_size_);
     T* keys = static_cast<T*>(args_.own_keys) + r * kv_size_;
     T* values = static_cast<T*>(args_.own_values) + r * kv_size_;
-    copy(heads + query_size_, keys, kv_size_);
-    copy(heads + query_size_ + kv_size_, values, kv_size_);
+    convert(heads + query_size_, keys, kv_size_);
+    convert(heads + query_size_ + kv_size_, values, kv_size_);
     if (args_.slots == nullptr) return;
     const int64_t block = args_.slots[r] / a.block_size, inside = args_.slots[r] % a.block_size;
     for (int64_t h = 0; h < a.num_kv_heads; ++h) {
@@ -178,10 +169,6 @@ class HeadLayer {
     float *residual = row(residual_, r), *sums = row(sums_, r);
     for (int64_t i = 0; i < hidden_; i += kLanes)
       store(residual + i, load(residual + i) + load(sums + i));
-  }
-
-  void gate() {
-    linear(args_.gate_up, hidden_, 2 * args_.intermediate_size, gates_);
   }
 
   void activate() {

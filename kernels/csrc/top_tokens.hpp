@@ -8,6 +8,7 @@
 
 #include "attend.hpp"
 #include "dot.hpp"
+#include "rows.hpp"
 
 namespace heterospec {
 
@@ -65,8 +66,7 @@ void top_tokens(const TopArguments& args) {
   const int64_t stride = (args.num_columns + kLanes - 1) / kLanes * kLanes;
   L* left = lefts.at_least(args.num_rows * args.depth);
   float* logits = floats.at_least(args.num_rows * stride);
-  const T* rows = static_cast<const T*>(args.rows);
-  for (int64_t i = 0; i < args.num_rows * args.depth; i += kLanes) store(left + i, load(rows + i));
+  convert(static_cast<const T*>(args.rows), left, args.num_rows * args.depth);
 #pragma omp parallel
   {
     project<T>(left, args.depth, args.num_rows, static_cast<const T*>(args.weight), args.depth,

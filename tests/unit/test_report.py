@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import report_rows
-from report_rows import ENVIRONMENT, everything, make_row, simulation, write
+from report_rows import everything, make_row, simulation, write
 from typer.testing import CliRunner
 
 from heterospec_vllm.bench import details, markdown, plots, words
@@ -353,14 +352,6 @@ def test_sections_without_rows_say_what_to_run(tmp_path: Path) -> None:
     for title in ("Share of the oracle", "Serving", "Cost of growth", "Low and high entropy"):
         assert f">{title}</h2>" not in text
         assert f"<li>{title}: run <code>heterospec " in text
-
-
-def test_growth_alone_makes_a_page(tmp_path: Path) -> None:
-    folder = write(tmp_path / "results", list(report_rows.growth())[:3], report_rows.GROWTH)
-    write_report([folder], tmp_path / "out", "title")
-    assert (tmp_path / "out" / "growth.png").is_file()
-    assert "what vLLM's op takes" in (tmp_path / "out" / "summary.md").read_text()
-    assert ENVIRONMENT.commit in (tmp_path / "out" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
