@@ -32,7 +32,9 @@ TESTS = (
     "tree_attention_edges",
     "tree_verify",
 )
-TEST_PACKAGES = ("pytest", "hypothesis", "numpy", "scipy")
+INIT = "heterospec_vllm/__init__.py"
+SETTINGS = ("-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider")
+TEST_PACKAGES = ("pytest", "hypothesis", "numpy", "scipy", "numba")
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,11 @@ def main() -> int:
 
 
 def _make_package(folder: Path) -> None:
-    """`heterospec_vllm.kernels` without an installation, and without the rest of the package."""
+    """The package as an installation has it: the kernels, and beside them what their tests compare with."""
     package = folder / "heterospec_vllm"
     package.mkdir()
-    (package / "__init__.py").touch()
-    (package / "kernels").symlink_to(ROOT / "kernels", target_is_directory=True)
+    for part in (ROOT / "kernels", *(ROOT / "heterospec_vllm").glob("[!_]*"), ROOT / INIT):
+        (package / part.name).symlink_to(part, target_is_directory=part.is_dir())
 
 
 def _run(arguments: argparse.Namespace, folder: Path) -> int:
@@ -162,10 +164,10 @@ def run_tests(folder: Path, interpret: bool) -> str:
     if interpret:
         files = files[:1]
     environment = {**os.environ, "PYTHONPATH": str(folder)}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
+    command = [sys.executable, "-m", "pytest", *SETTINGS, "-q", "--tb=short"]
     done = subprocess.run(
         [*command, *files],
-        cwd=ROOT,
+        cwd=folder,  # -m puts it in front of PYTHONPATH: the checkout's package has no kernels
         env=environment,
         text=True,
         stdout=subprocess.PIPE,
@@ -184,10 +186,10 @@ def gpu_tests(folder: Path) -> list[str]:
     """The tests marked `gpu`, which nothing but a GPU runs; [] without pytest."""
     if importlib.util.find_spec("pytest") is None:
         return []
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu"]
+    command = [sys.executable, "-m", "pytest", *SETTINGS, "--collect-only", "-q", "-m", "gpu"]
     done = subprocess.run(
-        [*command, "-p", "no:cacheprovider", *_test_files()],
-        cwd=ROOT,
+        [*command, *_test_files()],
+        cwd=folder,
         env={**os.environ, "PYTHONPATH": str(folder)},
         text=True,
         capture_output=True,

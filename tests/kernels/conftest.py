@@ -3,6 +3,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -25,6 +26,17 @@ def device() -> torch.device:
             "triton was imported before TRITON_INTERPRET=1 was set; run tests/kernels alone"
         )
     return torch.device("cpu")
+
+
+@pytest.fixture
+def move(device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """To the device with its strides, which `Tensor.to` closes up when it copies."""
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        kind = {"dtype": tensor.dtype, "device": device}
+        return torch.empty_strided(tensor.size(), tensor.stride(), **kind).copy_(tensor)
+
+    return moved
 
 
 @pytest.fixture

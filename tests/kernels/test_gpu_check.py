@@ -62,3 +62,22 @@ def test_wrong_results_and_failures_are_told(
     assert rows["kv_compact"].status == "ValueError: no such kernel"
     assert rows["strata_mask"].status == "ok"
     assert "no such kernel" in gpu_check.table(list(rows.values()))
+
+
+def test_the_suite_runs_on_a_checkout_that_nobody_installed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The package it makes is the one its tests import, kernels and what they are compared with."""
+    monkeypatch.syspath_prepend(str(TOOLS))
+    import gpu_check
+
+    gpu_check._make_package(tmp_path)
+    where = "import heterospec_vllm.kernels as k, heterospec_vllm.tree as t; print(k.__file__, t.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", where], cwd=tmp_path, text=True, capture_output=True, check=True
+    )
+    assert done.stdout.split() == [
+        str(tmp_path / "heterospec_vllm" / part) for part in ("kernels/__init__.py", "tree.py")
+    ]
+    only_gpu = gpu_check.gpu_tests(tmp_path)
+    assert any("test_graph_replay" in name for name in only_gpu)

@@ -288,7 +288,7 @@ BAD: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_arguments_are_named(device: torch.device, name: str) -> None:
+def test_bad_arguments_are_named(device: torch.device, move, name: str) -> None:
     inputs = build(device, [draft(star(6))], max_nodes=4)
     which, changed = BAD[name]
     arguments: dict[str, Any] = {
@@ -297,7 +297,7 @@ def test_bad_arguments_are_named(device: torch.device, name: str) -> None:
         "selection": inputs.selection,
         "out": inputs.poisoned(),
     }
-    on_device = {key: value.to(device) for key, value in changed.items()}
+    on_device = {key: move(value) for key, value in changed.items()}
     arguments[which] = replace(arguments[which], **on_device)
     with pytest.raises(ValueError, match=f"strata_mask: {name}"):
         strata_mask(**arguments, max_depth=8)

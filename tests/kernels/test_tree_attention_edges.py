@@ -198,7 +198,7 @@ BAD_ARGUMENTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", BAD_ARGUMENTS)
-def test_bad_arguments_are_named(device: torch.device, name: str) -> None:
+def test_bad_arguments_are_named(device: torch.device, move, name: str) -> None:
     inputs = build(device, Model(), RAGGED, num_splits=2)
     assert inputs.query.shape[0] == 30
     arguments = {
@@ -208,7 +208,7 @@ def test_bad_arguments_are_named(device: torch.device, name: str) -> None:
         **inputs.tensors(),
     }
     changed = {
-        key: value.to(device) if isinstance(value, torch.Tensor) else value
+        key: move(value) if isinstance(value, torch.Tensor) else value
         for key, value in BAD_ARGUMENTS[name].items()
     }
     with pytest.raises(ValueError, match=f"tree_attention: {name}"):
