@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    import torch
+
     from heterospec_vllm.training.loop import HeldOut, Trainer
 
 
@@ -34,7 +36,8 @@ def train_head(
             exists=True,
             dir_okay=False,
             help="JSONL of the target's own answers, if you have some: `id`, `p` (prompt token "
-            "ids), `o` (answer token ids), `t` (temperature). Prompts without one are answered.",
+            "ids), `o` (answer token ids), `t` (temperature). Prompts without one are answered. "
+            "With --features live they are all it takes.",
         ),
     ] = None,
     work: Annotated[
@@ -96,6 +99,16 @@ def train_head(
     greedy_share: Annotated[
         float, typer.Option(min=0, max=1, help="Answers at temperature 0; the others at 0.9.")
     ] = 1.0,
+    device: Annotated[
+        str, typer.Option(help="Where to train: `cpu`, `cuda`, or `auto`: a GPU if there is one.")
+    ] = "auto",
+    features: Annotated[
+        str,
+        typer.Option(
+            help="Hidden states of the target: `stored` by the collecting pass, `live` computed for "
+            "every batch through transformers (needs only --answers), or `auto`: live on a GPU."
+        ),
+    ] = "auto",
     threads: Annotated[
         int, typer.Option(min=0, help="Torch threads of the trainer; 0 leaves it to torch.")
     ] = 0,
@@ -125,6 +138,8 @@ def train_head(
 
         heterospec train-head --target MODEL --output head --collect-minutes 0 --resume
 
+        heterospec train-head --target MODEL --answers answers.jsonl --output head --device cuda
+
         heterospec train-head --target MODEL --evaluate head --prompts questions.jsonl
 
     Several processes train together under `torchrun --no-python --nproc-per-node N heterospec
@@ -137,8 +152,14 @@ def train_head(
     if minutes is not None and epochs is not None:
         raise typer.BadParameter("give --minutes or --epochs, not both")
     tap_layers = _tap_layers(target, taps)
+    where, live = _where(device, features)
     store = work / "store"
-    if collect_minutes > 0 and (prompts or not resume):
+    if collect_minutes > 0 and (prompts or not (resume or (live and answers))):
+        if where.type == "cuda":
+            raise typer.BadParameter(
+                "answers are collected on CPUs only; on a GPU give --answers FILE "
+                "(tools/answer_on_gpu.py writes one) and no --prompts"
+            )
         if not prompts or len(prompts) != 1:
             raise typer.BadParameter(
                 "one --prompts FILE is needed to collect answers (JSONL with `id` and `prompt` or "
@@ -149,7 +170,7 @@ def train_head(
             greedy_share, seed,
         )  # fmt: skip
     stores = sorted(path for path in work.glob("store*") if path.is_dir())
-    if not stores:
+    if not stores and not (live and answers):
         raise typer.BadParameter(f"--work {work} holds no answers: collect some first")
     from heterospec_vllm.training import recipe
     from heterospec_vllm.training.loop import TrainOptions
@@ -171,20 +192,33 @@ def train_head(
     with _Display() as display:
         recipe.train(
             target,
-            stores,
+            recipe.Material(stores, [answers] if answers else [], max_sequence, where, live),
             work,
             output,
             options,
             taps=tap_layers,
             draft_vocab_size=draft_vocab_size,
             kv_heads=kv_heads,
-            answers=answers,
             resume=resume,
-            max_tokens=max_sequence,
             report=display.step,
             on_held_out=display.held_out,
         )
     typer.echo(f"head written to {output}")
+
+
+def _where(device: str, features: str) -> tuple[torch.device, bool]:
+    """The device to train on, and whether hidden states are computed there as they are needed."""
+    import torch
+
+    if device not in ("auto", "cpu", "cuda"):
+        raise typer.BadParameter(f"--device: found {device!r}, allowed: auto, cpu, cuda")
+    if features not in ("auto", "stored", "live"):
+        raise typer.BadParameter(f"--features: found {features!r}, allowed: auto, stored, live")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("--device cuda: torch finds no GPU here")
+    return torch.device(device), features == "live" or (features == "auto" and device == "cuda")
 
 
 def _set_up_torch(threads: int) -> None:

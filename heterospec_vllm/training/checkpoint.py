@@ -42,7 +42,8 @@ def export(weights: dict[str, Tensor], config: HeadConfig, draft_ids: Tensor, fo
     ``t2d`` marks the target ids that are draft words.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: w.detach().to(torch.bfloat16).contiguous() for name, w in weights.items()}
+    tensors = {name: w.detach().to("cpu", torch.bfloat16) for name, w in weights.items()}
+    tensors = {name: w.contiguous() for name, w in tensors.items()}
     tensors["d2t"] = draft_ids - torch.arange(len(draft_ids))
     tensors["t2d"] = torch.zeros(config.vocab_size, dtype=torch.bool)
     tensors["t2d"][draft_ids] = True
@@ -74,4 +75,4 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    return torch.load(folder / STATE, weights_only=True)
+    return torch.load(folder / STATE, weights_only=True, map_location="cpu")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches for the trainer from a feature store (see ``capture``)."""
+"""Batches for the trainer: sequences, and the target's hidden states from a store or from the target."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import hashlib
 import json
 import random
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,15 +23,18 @@ from heterospec_vllm.training.model import Batch
 
 @dataclass(frozen=True)
 class Sequence:
-    """One training sequence; ``first`` is its first query (predicts the second answer token)."""
+    """One training sequence; ``first`` is its first query (predicts the second answer token).
+
+    ``rows``: tokens that have hidden states; ``store`` and ``row``: where a store keeps them.
+    """
 
     id: str
     ids: list[int]
     first: int
     rows: int
-    store: int
-    row: int
     greedy: bool
+    store: int = 0
+    row: int = 0
 
 
 @dataclass(frozen=True)
@@ -47,19 +52,22 @@ class Target:
     to_draft: Tensor
 
 
-class Corpus:
-    """Sequences of one or more stores that captured the same layers of the same target."""
+class FeatureSource(Protocol):
+    """Hidden states of sequences; ``layers`` names them, the last is the output of the last layer."""
 
-    def __init__(self, folders: list[Path], *, max_tokens: int, held_out: int) -> None:
-        """``held_out``: one id in that many (by hash, so stable as the data grows) is not trained.
+    layers: list[int]
 
-        ``max_tokens``: longer sequences are cut; one whose prompt leaves no query is left out.
-        """
+    def of(self, group: list[Sequence]) -> Tensor:
+        """[len(group), most rows, layers, hidden_size] in bf16, rows right-padded with anything."""
+
+
+class StoredFeatures:
+    """Read from the stores that a collecting pass wrote (format: ``capture``)."""
+
+    def __init__(self, folders: list[Path]) -> None:
         self.layers: list[int] = []
         self._maps: list[np.memmap] = []
-        self.train: list[Sequence] = []
-        self.held_out: list[Sequence] = []
-        for number, folder in enumerate(folders):
+        for folder in folders:
             meta = json.loads((folder / META).read_text())
             if self.layers and meta["layers"] != self.layers:
                 raise ValueError(f"{folder} holds layers {meta['layers']}, others {self.layers}")
@@ -70,17 +78,59 @@ class Corpus:
             self._maps.append(
                 np.memmap(folder / FEATURES, dtype=np.int16, mode="r", shape=(rows, *shape))
             )
-            for line in lines:
-                ids = (line["p"] + line["o"])[:max_tokens]
-                rows, first = min(line["n"], len(ids)), len(line["p"]) - 1
-                if rows - 1 <= first:
-                    continue
-                sequence = Sequence(
-                    line["id"], ids, first, rows, number, line["row"], line["t"] == 0.0
-                )
-                digest = hashlib.sha256(line["id"].encode()).digest()
-                held = int.from_bytes(digest[:4], "big") % held_out == 0
-                (self.held_out if held else self.train).append(sequence)
+
+    def of(self, group: list[Sequence]) -> Tensor:
+        shape = self._maps[0].shape[1:]
+        found = torch.zeros(len(group), max(s.rows for s in group), *shape, dtype=torch.bfloat16)
+        for n, s in enumerate(group):
+            rows = np.array(self._maps[s.store][s.row : s.row + s.rows])
+            found[n, : s.rows] = torch.from_numpy(rows).view(torch.bfloat16)
+        return found
+
+
+def stored_sequences(folders: list[Path], *, max_tokens: int) -> Iterator[Sequence]:
+    """The sequences of ``folders``; longer ones are cut, one without a query is left out."""
+    for number, folder in enumerate(folders):
+        for line in read_jsonl(folder / SEQUENCES):
+            rows = min(line["n"], max_tokens)
+            yield from _sequence(line, rows, max_tokens, store=number, row=line["row"])
+
+
+def answered_sequences(files: list[Path], *, max_tokens: int) -> Iterator[Sequence]:
+    """The same of files of answers (``id``, ``p``, ``o``, ``t``), whose hidden states are computed."""
+    for file in files:
+        for line in read_jsonl(file):
+            rows = min(len(line["p"]) + len(line["o"]), max_tokens)
+            yield from _sequence(line, rows, max_tokens)
+
+
+def _sequence(
+    line: dict[str, Any], rows: int, max_tokens: int, store: int = 0, row: int = 0
+) -> Iterator[Sequence]:
+    first = len(line["p"]) - 1
+    if rows - 1 > first:
+        ids = (line["p"] + line["o"])[:max_tokens]
+        yield Sequence(line["id"], ids, first, rows, line["t"] == 0.0, store, row)
+
+
+class Corpus:
+    """Sequences to train on and held-out ones, and where their hidden states come from."""
+
+    def __init__(
+        self, sequences: Iterable[Sequence], features: FeatureSource, *, held_out: int
+    ) -> None:
+        """``held_out``: one prompt in that many is not trained.
+
+        It goes by a hash of the id up to a ``#``, so it is stable as the data grows and further
+        answers to a prompt (``id#2``) are held out with it.
+        """
+        self.features = features
+        self.train: list[Sequence] = []
+        self.held_out: list[Sequence] = []
+        for sequence in sequences:
+            digest = hashlib.sha256(sequence.id.partition("#")[0].encode()).digest()
+            held = int.from_bytes(digest[:4], "big") % held_out == 0
+            (self.held_out if held else self.train).append(sequence)
 
     def answer_counts(self) -> Counter[int]:
         counts: Counter[int] = Counter()
@@ -88,33 +138,32 @@ class Corpus:
             counts.update(sequence.ids[sequence.first + 1 :])
         return counts
 
-    def features(self, sequence: Sequence) -> Tensor:
-        """[rows, layers, hidden_size] in bf16."""
-        rows = self._maps[sequence.store][sequence.row : sequence.row + sequence.rows]
-        return torch.from_numpy(np.array(rows)).view(torch.bfloat16)
-
+    @torch.no_grad()
     def batch(self, group: list[Sequence], target: Target, taps: tuple[int, ...]) -> Batch:
-        columns = [self.layers.index(tap) for tap in taps]
-        length = max(s.rows for s in group)
-        size, hidden = len(group), target.embed.shape[1]
+        """On the device of ``target``."""
+        device = target.embed.device
+        columns = [self.features.layers.index(tap) for tap in taps]
+        x = self.features.of(group).to(device)
+        size, length = x.shape[:2]
         ids = torch.zeros(size, length + 1, dtype=torch.long)
-        features = torch.zeros(size, length, len(taps) * hidden, dtype=torch.bfloat16)
-        log_p = torch.empty(size, length, len(target.draft_head), dtype=torch.bfloat16)
         for n, s in enumerate(group):
-            x = self.features(s)
             ids[n, : len(s.ids)] = torch.tensor(s.ids[: length + 1])
-            features[n, : s.rows] = x[:, columns].flatten(1)
-            rows = slice(s.first + 1, s.rows)
-            final = rms_norm(
-                x[rows, -1].float(), target.norm.shape, target.norm, target.eps
-            ).bfloat16()
-            logits = final @ target.draft_head.T
-            log_p[n, rows] = logits.float().log_softmax(-1).bfloat16()
+        ids = ids.to(device)
+        first = torch.tensor([s.first for s in group], device=device)
+        rows = torch.tensor([s.rows for s in group], device=device)
+        position = torch.arange(length, device=device)
+        predicted = (position > first[:, None]) & (position < rows[:, None])
+        final = rms_norm(
+            x[..., -1, :][predicted].float(), target.norm.shape, target.norm, target.eps
+        )
+        logits = final.bfloat16() @ target.draft_head.T
+        log_p = logits.new_empty(size, length, len(target.draft_head))
+        log_p[predicted] = logits.float().log_softmax(-1).bfloat16()
         return Batch(
             ids=ids,
-            features=features,
-            first=torch.tensor([s.first for s in group]),
-            rows=torch.tensor([s.rows for s in group]),
+            features=x[:, :, columns].flatten(2),
+            first=first,
+            rows=rows,
             log_p=log_p.flatten(0, 1),
             truth=target.to_draft[ids],
         )

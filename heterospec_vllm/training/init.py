@@ -36,7 +36,9 @@ def draft_vocabulary(counts: Counter[int], special: list[int], size: int, vocab:
     return torch.tensor(sorted(chosen))
 
 
-def load_target(folder: Path, config: dict, draft_ids: Tensor) -> Target:
+def load_target(
+    folder: Path, config: dict, draft_ids: Tensor, device: torch.device | str = "cpu"
+) -> Target:
     """The target's tensors that the trainer reads; ``config`` is its ``config.json``."""
     head_name = (
         "model.embed_tokens.weight" if config.get("tie_word_embeddings") else "lm_head.weight"
@@ -46,11 +48,11 @@ def load_target(folder: Path, config: dict, draft_ids: Tensor) -> Target:
     to_draft = torch.full((config["vocab_size"],), -1, dtype=torch.long)
     to_draft[draft_ids] = torch.arange(len(draft_ids))
     return Target(
-        embed=tensors["model.embed_tokens.weight"].float(),
-        draft_head=tensors[head_name][draft_ids].to(torch.bfloat16),
-        norm=tensors["model.norm.weight"].float(),
+        embed=tensors["model.embed_tokens.weight"].float().to(device),
+        draft_head=tensors[head_name][draft_ids].to(device, torch.bfloat16),
+        norm=tensors["model.norm.weight"].float().to(device),
         eps=config["rms_norm_eps"],
-        to_draft=to_draft,
+        to_draft=to_draft.to(device),
     )
 
 

@@ -69,6 +69,7 @@ class Trainer:
     ) -> None:
         self.head, self.target, self.draft_ids = head, target, draft_ids
         self.options, self.work = options, work
+        self.device = target.embed.device
         self.progress = Progress()
         self.average = {name: p.detach().clone() for name, p in head.named_parameters()}
         self.optimizers = make_optimizers(head, options)
@@ -88,7 +89,7 @@ class Trainer:
 
     def restore(self, state: dict[str, Any]) -> None:
         self.head.load_state_dict(state["head"])
-        self.average = state["average"]
+        self.average = {name: p.to(self.device) for name, p in state["average"].items()}
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             rates = [group["base_lr"] for group in optimizer.param_groups]
             optimizer.load_state_dict(saved)
@@ -178,7 +179,7 @@ class Trainer:
             for param_group in optimizer.param_groups:
                 param_group["lr"] = param_group["base_lr"] * scale
         batch = corpus.batch(group, self.target, self.head.config.taps)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(self.device.type, torch.bfloat16):
             loss, results = self.head(batch, o.ttt_steps, decay=o.step_decay, keep_rank=o.keep_rank)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.head.parameters(), 1.0)
@@ -214,10 +215,10 @@ class Trainer:
         groups = plan([s for s in corpus.held_out if s.greedy], self.options.batch_tokens)
         groups = groups[:: max(1, len(groups) // batches)]
         steps = self.options.ttt_steps
-        hits, loss, queries = torch.zeros(steps), 0.0, 0
+        hits, loss, queries = torch.zeros(steps, device=self.device), 0.0, 0
         for group in groups:
             batch = corpus.batch(group, self.target, self.head.config.taps)
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(self.device.type, torch.bfloat16):
                 _, results = self.head(batch, steps, decay=1.0, keep_rank=1)
             for j, result in enumerate(results):
                 hits[j] += result.hits.sum()

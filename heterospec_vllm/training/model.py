@@ -173,7 +173,8 @@ class Eagle3Head(nn.Module):
         c, layer = self.config, self.midlayer
         groups = c.num_attention_heads // c.num_key_value_heads
         size, length = batch.features.shape[:2]
-        steps_of = torch.arange(length)
+        device = batch.features.device
+        steps_of = torch.arange(length, device=device)
         fused = self.fuse(batch.features)
         wide = self._wide(batch.ids[:, 1:], fused)  # position i sees x_{i+1}
         key, value = self._keys(wide, steps_of)
@@ -182,12 +183,12 @@ class Eagle3Head(nn.Module):
 
         query_mask = (steps_of >= batch.first[:, None]) & (steps_of < batch.rows[:, None] - 1)
         b, i = query_mask.nonzero(as_tuple=True)
-        index = torch.arange(len(b))
-        hits = torch.ones(len(b), dtype=torch.bool)
+        index = torch.arange(len(b), device=device)
+        hits = torch.ones(len(b), dtype=torch.bool, device=device)
         hidden, wide = fused[b, i], wide[b, i]
         own: list[tuple[Tensor, Tensor]] = []
         results: list[StepResult] = []
-        total = torch.zeros(())
+        total = torch.zeros((), device=device)
         for j in range(steps):
             if j:
                 wide = self._wide(batch.ids[b, i + 1 + j], hidden)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 def lower(x: Tensor) -> Tensor:
     """To autocast's dtype, once for all the matmuls that read ``x`` (each would cast it itself)."""
-    return x.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else x
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def rope_table(head_dim: int, theta: float, length: int) -> tuple[Tensor, Tensor]:
@@ -47,9 +48,10 @@ class SoftCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight)
         grad_hidden = torch.empty_like(hidden_low)
         rank = torch.empty_like(truth)
-        loss = torch.zeros((), dtype=torch.float32)
-        for start in range(0, len(hidden), 512):
-            part = slice(start, start + 512)
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        chunk = 512 if hidden.device.type == "cpu" else 8192
+        for start in range(0, len(hidden), chunk):
+            part = slice(start, start + chunk)
             h = hidden_low[part]
             logits = (h @ weight_low.T).float()
             at_truth = logits.gather(1, truth[part].clamp(min=0)[:, None])
@@ -93,7 +95,8 @@ def attend(
     grid = grid.view(size, length, kv_heads, groups, dim).permute(0, 2, 1, 3, 4)
     grid = grid.reshape(size, kv_heads, length * groups, dim)
     scores = (grid @ key.to(grid.dtype).transpose(-1, -2)).float() * dim**-0.5
-    causal = torch.ones(length, length, dtype=torch.bool).tril_().repeat_interleave(groups, 0)
+    causal = torch.ones(length, length, dtype=torch.bool, device=key.device).tril_()
+    causal = causal.repeat_interleave(groups, 0)
     scores = scores.masked_fill(~causal, -torch.inf)
     if not own:
         mixed = scores.softmax(-1).to(grid.dtype) @ value.to(grid.dtype)

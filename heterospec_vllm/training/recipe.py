@@ -7,7 +7,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -15,8 +15,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from heterospec_vllm.training import checkpoint
-from heterospec_vllm.training.capture import read_jsonl
-from heterospec_vllm.training.data import Corpus, Target
+from heterospec_vllm.training.capture import SEQUENCES, read_jsonl
+from heterospec_vllm.training.data import (
+    Corpus,
+    StoredFeatures,
+    Target,
+    answered_sequences,
+    stored_sequences,
+)
 from heterospec_vllm.training.init import (
     draft_vocabulary,
     fit_fc,
@@ -24,22 +30,49 @@ from heterospec_vllm.training.init import (
     init_from_target,
     load_target,
 )
+from heterospec_vllm.training.live import LiveFeatures
 from heterospec_vllm.training.loop import HeldOut, Trainer, TrainOptions
 from heterospec_vllm.training.model import Eagle3Head
 
+HELD_OUT = 25  # one prompt in that many
 VOCABULARY = "draft_vocabulary.json"
 LOG = "log.jsonl"
 
 
+@dataclass(frozen=True)
+class Material:
+    """What is trained on, and where: stores of a collecting pass, or answers to run the target on.
+
+    live: hidden states are computed for every batch (``live``) instead of read from the stores,
+    of which only the sequences are used then.
+    """
+
+    stores: list[Path]
+    answers: list[Path]
+    max_tokens: int
+    device: torch.device
+    live: bool
+
+    def corpus(self, target_folder: Path, layers: list[int]) -> Corpus:
+        if not self.live:
+            sequences = stored_sequences(self.stores, max_tokens=self.max_tokens)
+            return Corpus(sequences, StoredFeatures(self.stores), held_out=HELD_OUT)
+        files = [*self.answers, *(store / SEQUENCES for store in self.stores)]
+        sequences = answered_sequences(files, max_tokens=self.max_tokens)
+        features = LiveFeatures(target_folder, layers, self.device, torch.bfloat16)
+        return Corpus(sequences, features, held_out=HELD_OUT)
+
+
 def choose_vocabulary(
-    work: Path, corpus: Corpus, answers: Path | None, special: list[int], size: int, vocab: int
+    work: Path, corpus: Corpus, answers: list[Path], special: list[int], size: int, vocab: int
 ) -> Tensor:
     """The draft vocabulary of this work folder: counted once, then kept, so a run can resume."""
     path = work / VOCABULARY
     if not path.exists():
         counts: Counter[int] = corpus.answer_counts()
-        for line in read_jsonl(answers) if answers else ():
-            counts.update(line["o"])
+        for file in answers:
+            for line in read_jsonl(file):
+                counts.update(line["o"])
         path.write_text(json.dumps(draft_vocabulary(counts, special, size, vocab).tolist()))
     return torch.tensor(json.loads(path.read_text()))
 
@@ -49,10 +82,10 @@ def start_head(head: Eagle3Head, target_folder: Path, target: Target, corpus: Co
     config = json.loads((target_folder / "config.json").read_text())
     taps = head.config.taps
     init_from_target(head, target_folder, target, config["num_hidden_layers"] - 1, 0.003)
-    columns = [corpus.layers.index(tap) for tap in taps]
+    columns = [corpus.features.layers.index(tap) for tap in taps]
     features, goals = [], []
     for sequence in corpus.train[:300]:
-        x = corpus.features(sequence)
+        x = corpus.features.of([sequence])[0]
         features.append(x[sequence.first : -1, columns].flatten(1))
         goals.append(x[sequence.first + 1 :, -1])
     fit_fc(head, torch.cat(features), torch.cat(goals), 1e-3)
@@ -60,7 +93,7 @@ def start_head(head: Eagle3Head, target_folder: Path, target: Target, corpus: Co
 
 def train(
     target_folder: Path,
-    stores: list[Path],
+    material: Material,
     work: Path,
     output: Path,
     options: TrainOptions,
@@ -68,33 +101,39 @@ def train(
     taps: tuple[int, ...],
     draft_vocab_size: int,
     kv_heads: int | None,
-    answers: Path | None,
     resume: bool,
-    max_tokens: int,
     report: Callable[[Trainer, float, list[float], float], None],
     on_held_out: Callable[[HeldOut], None],
 ) -> HeldOut | None:
     """Trains (or resumes) in ``work`` and exports the averaged weights at every checkpoint.
 
     ``work`` holds the draft vocabulary, the resumable state and ``log.jsonl``, one line per
-    checkpoint. The stores are read anew before every epoch: they may still be growing. Returns the
-    last held-out acceptance, None in workers other than the first.
+    checkpoint. Stores are read anew before every epoch: they may still be growing. Returns the last
+    held-out acceptance, None in workers other than the first.
     """
     torch.manual_seed(options.seed)
     work.mkdir(parents=True, exist_ok=True)
 
-    def reload() -> Corpus:
-        return Corpus(stores, max_tokens=max_tokens, held_out=25)
-
-    corpus = reload()
     config = json.loads((target_folder / "config.json").read_text())
+    layers = sorted({*taps, config["num_hidden_layers"]})
+    corpus = material.corpus(target_folder, layers)
+
+    def reload() -> Corpus:
+        return corpus if material.live else material.corpus(target_folder, layers)
+
     special = [config[name] for name in ("bos_token_id", "eos_token_id")]
     draft_ids = choose_vocabulary(
-        work, corpus, answers, special, draft_vocab_size, config["vocab_size"]
+        work,
+        corpus,
+        [] if material.live else material.answers,  # else they are in the corpus
+        special,
+        draft_vocab_size,
+        config["vocab_size"],
     )
-    target = load_target(target_folder, config, draft_ids)
+    target = load_target(target_folder, config, draft_ids, material.device)
     changes = {"num_key_value_heads": kv_heads} if kv_heads else {}
     head = Eagle3Head(head_config(config, taps, len(draft_ids), **changes), target.embed)
+    head.to(material.device)
     if not resume:
         start_head(head, target_folder, target, corpus)
     trainer = Trainer(head, target, draft_ids, options, work)

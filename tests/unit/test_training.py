@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from heterospec_vllm.training import checkpoint, recipe
 from heterospec_vllm.training.capture import FeatureStore, Job, make_jobs
-from heterospec_vllm.training.data import Corpus, plan
+from heterospec_vllm.training.data import Corpus, StoredFeatures, plan, stored_sequences
 from heterospec_vllm.training.init import draft_vocabulary, head_config, load_target
 from heterospec_vllm.training.loop import Trainer, TrainOptions
 from heterospec_vllm.training.model import Batch, Eagle3Head
@@ -80,6 +80,11 @@ def store(tmp_path: Path, target_folder: Path) -> Path:
     return folder
 
 
+def corpus_of(folder: Path, held_out: int = 10**9) -> Corpus:
+    sequences = stored_sequences([folder], max_tokens=64)
+    return Corpus(sequences, StoredFeatures([folder]), held_out=held_out)
+
+
 def options(**changes: object) -> TrainOptions:
     fields = dict(
         minutes=None,
@@ -103,16 +108,14 @@ def run(
     seen = [] if losses is None else losses
     recipe.train(
         target,
-        [store],
+        recipe.Material([store], [], 64, torch.device("cpu"), live=False),
         work,
         work / "head",
         options(**o),
         taps=(0, 1, 2),
         draft_vocab_size=DRAFT,
         kv_heads=None,
-        answers=None,
         resume=resume,
-        max_tokens=64,
         report=lambda trainer, fraction, hits, loss: seen.append(loss),
         on_held_out=lambda result: None,
     )
@@ -306,10 +309,10 @@ def test_store_survives_an_interrupted_append(tmp_path):
     assert writer.done == {"a"} and writer.rows == 3
     writer.append(Job("b", [1, 2], [5, 6], 0.9), [5, 6], 2 * torch.ones(4, 2, 4).bfloat16())
     writer.close()
-    corpus = Corpus([folder], max_tokens=64, held_out=10**9)
+    corpus = corpus_of(folder)
     sequences = {s.id: s for s in corpus.train}
     assert sequences.keys() == {"a", "b"}
-    assert corpus.features(sequences["b"]).float().eq(2).all()
+    assert corpus.features.of([sequences["b"]]).float().eq(2).all()
     assert (sequences["b"].first, sequences["b"].greedy) == (1, False)
 
 
@@ -320,7 +323,7 @@ def test_store_of_other_layers_is_refused(tmp_path):
 
 
 def test_plan_covers_every_sequence_once(store):
-    corpus = Corpus([store], max_tokens=64, held_out=10**9)
+    corpus = corpus_of(store)
     for seed in (None, 1):
         groups = plan(corpus.train, 60, seed)
         assert sorted(s.id for g in groups for s in g) == sorted(s.id for s in corpus.train)
@@ -331,13 +334,13 @@ def test_plan_covers_every_sequence_once(store):
 
 
 def test_held_out_sequences_are_not_trained(store):
-    corpus = Corpus([store], max_tokens=64, held_out=4)
+    corpus = corpus_of(store, 4)
     assert corpus.held_out and corpus.train
     assert not {s.id for s in corpus.held_out} & {s.id for s in corpus.train}
 
 
 def test_batch_targets_are_the_targets_next_tokens(store, target_folder):
-    corpus = Corpus([store], max_tokens=64, held_out=10**9)
+    corpus = corpus_of(store)
     ids = draft_vocabulary(corpus.answer_counts(), [1, 2], DRAFT, VOCAB)
     target = load_target(target_folder, TARGET, ids)
     group = corpus.train[:3]
