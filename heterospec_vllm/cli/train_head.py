@@ -153,8 +153,9 @@ def train_head(
         raise typer.BadParameter("give --minutes or --epochs, not both")
     tap_layers = _tap_layers(target, taps)
     where, live = _where(device, features)
+    answered = live and answers is not None  # then nothing has to be collected
     store = work / "store"
-    if collect_minutes > 0 and (prompts or not (resume or (live and answers))):
+    if collect_minutes > 0 and (prompts or not (resume or answered)):
         if where.type == "cuda":
             raise typer.BadParameter(
                 "answers are collected on CPUs only; on a GPU give --answers FILE "
@@ -170,7 +171,7 @@ def train_head(
             greedy_share, seed,
         )  # fmt: skip
     stores = sorted(path for path in work.glob("store*") if path.is_dir())
-    if not stores and not (live and answers):
+    if not stores and not answered:
         raise typer.BadParameter(f"--work {work} holds no answers: collect some first")
     from heterospec_vllm.training import recipe
     from heterospec_vllm.training.loop import TrainOptions

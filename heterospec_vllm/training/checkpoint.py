@@ -42,8 +42,9 @@ def export(weights: dict[str, Tensor], config: HeadConfig, draft_ids: Tensor, fo
     ``t2d`` marks the target ids that are draft words.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: w.detach().to("cpu", torch.bfloat16) for name, w in weights.items()}
-    tensors = {name: w.contiguous() for name, w in tensors.items()}
+    tensors = {
+        name: w.detach().to("cpu", torch.bfloat16).contiguous() for name, w in weights.items()
+    }
     tensors["d2t"] = draft_ids - torch.arange(len(draft_ids))
     tensors["t2d"] = torch.zeros(config.vocab_size, dtype=torch.bool)
     tensors["t2d"][draft_ids] = True

@@ -72,12 +72,10 @@ class StoredFeatures:
             if self.layers and meta["layers"] != self.layers:
                 raise ValueError(f"{folder} holds layers {meta['layers']}, others {self.layers}")
             self.layers = meta["layers"]
-            shape = (len(self.layers), meta["hidden_size"])
-            lines = list(read_jsonl(folder / SEQUENCES))
-            rows = lines[-1]["row"] + lines[-1]["n"] if lines else 0
-            self._maps.append(
-                np.memmap(folder / FEATURES, dtype=np.int16, mode="r", shape=(rows, *shape))
-            )
+            row = (len(self.layers), meta["hidden_size"])
+            file = folder / FEATURES
+            rows = file.stat().st_size // (2 * row[0] * row[1])
+            self._maps.append(np.memmap(file, dtype=np.int16, mode="r", shape=(rows, *row)))
 
     def of(self, group: list[Sequence]) -> Tensor:
         shape = self._maps[0].shape[1:]
@@ -145,10 +143,7 @@ class Corpus:
         columns = [self.features.layers.index(tap) for tap in taps]
         x = self.features.of(group).to(device)
         size, length = x.shape[:2]
-        ids = torch.zeros(size, length + 1, dtype=torch.long)
-        for n, s in enumerate(group):
-            ids[n, : len(s.ids)] = torch.tensor(s.ids[: length + 1])
-        ids = ids.to(device)
+        ids = padded_ids(group, length + 1).to(device)
         first = torch.tensor([s.first for s in group], device=device)
         rows = torch.tensor([s.rows for s in group], device=device)
         position = torch.arange(length, device=device)
@@ -167,6 +162,15 @@ class Corpus:
             log_p=log_p.flatten(0, 1),
             truth=target.to_draft[ids],
         )
+
+
+def padded_ids(group: list[Sequence], width: int) -> Tensor:
+    """[len(group), width] token ids, cut or padded with 0 on the right."""
+    ids = torch.zeros(len(group), width, dtype=torch.long)
+    for row, sequence in zip(ids, group, strict=True):
+        known = sequence.ids[:width]
+        row[: len(known)] = torch.tensor(known)
+    return ids
 
 
 def plan(sequences: list[Sequence], tokens: int, seed: int | None = None) -> list[list[Sequence]]:

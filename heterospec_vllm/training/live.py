@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heterospec_vllm.training.data import Sequence
+from heterospec_vllm.training.data import Sequence, padded_ids
 
 
 class LiveFeatures:
@@ -42,10 +42,7 @@ class LiveFeatures:
 
     @torch.no_grad()
     def of(self, group: list[Sequence]) -> Tensor:
-        length = max(s.rows for s in group)
-        ids = torch.zeros(len(group), length, dtype=torch.long)
-        for n, s in enumerate(group):
-            ids[n, : s.rows] = torch.tensor(s.ids[: s.rows])
+        ids = padded_ids(group, max(s.rows for s in group))
         # Padding stands on the right, where causal attention never looks.
         self._model(ids.to(self._device), use_cache=False)
         return torch.stack([self._seen[layer] for layer in self.layers], dim=2).bfloat16()

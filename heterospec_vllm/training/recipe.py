@@ -55,8 +55,9 @@ class Material:
 
     def corpus(self, target_folder: Path, layers: list[int]) -> Corpus:
         if not self.live:
-            sequences = stored_sequences(self.stores, max_tokens=self.max_tokens)
-            return Corpus(sequences, StoredFeatures(self.stores), held_out=HELD_OUT)
+            # Read before the features are mapped: a growing store writes those first.
+            stored = list(stored_sequences(self.stores, max_tokens=self.max_tokens))
+            return Corpus(stored, StoredFeatures(self.stores), held_out=HELD_OUT)
         files = [*self.answers, *(store / SEQUENCES for store in self.stores)]
         sequences = answered_sequences(files, max_tokens=self.max_tokens)
         features = LiveFeatures(target_folder, layers, self.device, torch.bfloat16)

@@ -100,6 +100,14 @@ def _run(name: str, prompts, sampling, batch: int | None = None) -> dict[str, An
     return {"name": name, "prompts": prompts, "sampling": sampling, "batch": batch}
 
 
+def _plain_and_ours(models, runs, folder: Path, **arguments: Any) -> list[dict[str, Any]]:
+    """The same runs in an engine without and in one with speculation."""
+    return [
+        run_engine({"engine": _engine(models, speculate, **arguments), "runs": runs}, folder / name)
+        for name, speculate in (("plain", False), ("ours", True))
+    ]
+
+
 GREEDY = {"temperature": 0.0, "max_tokens": ANSWER, "ignore_eos": True}
 
 
@@ -159,13 +167,7 @@ def test_seeded(models, prompts, tmp_path, temperature: float) -> None:
     some = prompts[:: max(1, len(prompts) // 80)]
     params = {"temperature": temperature, "top_p": 0.9, "top_k": 50, "max_tokens": ANSWER}
     runs = [_run("seeded", some, [{**params, "seed": i} for i in range(len(some))], 8)]
-    plain, ours = (
-        run_engine(
-            {"engine": _engine(models, speculate, **WHOLE_PREFILLS), "runs": runs},
-            tmp_path / str(speculate),
-        )
-        for speculate in (False, True)
-    )
+    plain, ours = _plain_and_ours(models, runs, tmp_path, **WHOLE_PREFILLS)
     # A draw within rounding of a boundary may fall on either side: none was seen, one is let pass.
     found = divergences(plain["seeded"], ours["seeded"])
     print(f"{len(some)} answers, {len(found)} diverge: {found}")
@@ -180,13 +182,7 @@ def test_greedy_under_pressure(models, prompts, tmp_path, name: str) -> None:
     if name == "prefix caching":  # the same openings again
         some = [random.Random(i).choice(some)[:200] + p[-50:] for i, p in enumerate(some)]
     runs = [_run("all", some, GREEDY)]
-    arguments = UNDER_PRESSURE[name]
-    plain = run_engine(
-        {"engine": _engine(models, False, **arguments), "runs": runs}, tmp_path / "plain"
-    )
-    ours = run_engine(
-        {"engine": _engine(models, True, **arguments), "runs": runs}, tmp_path / "ours"
-    )
+    plain, ours = _plain_and_ours(models, runs, tmp_path, **UNDER_PRESSURE[name])
     _assert_same(plain["all"], ours["all"], some, models, tmp_path / "gaps")
     assert_speculated(ours["all"]["counters"])
     if name == "preemption":
@@ -198,13 +194,7 @@ def test_n_and_stop_strings(models, prompts, tmp_path) -> None:
     seeded = [{"temperature": 1.0, "n": 4, "seed": i, "max_tokens": 64} for i in range(len(some))]
     stops = {"temperature": 0.0, "max_tokens": ANSWER, "stop": [".", "\n\n"]}
     runs = [_run("n=4", some, seeded, 2), _run("stop", some, stops, 8)]
-    plain, ours = (
-        run_engine(
-            {"engine": _engine(models, speculate, **WHOLE_PREFILLS), "runs": runs},
-            tmp_path / str(speculate),
-        )
-        for speculate in (False, True)
-    )
+    plain, ours = _plain_and_ours(models, runs, tmp_path, **WHOLE_PREFILLS)
     for name in ("n=4", "stop"):
         assert len(divergences(plain[name], ours[name])) <= 1
     for a, b in zip(plain["stop"]["answers"], ours["stop"]["answers"], strict=True):
