@@ -56,7 +56,6 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few cases")
     args = parser.parse_args()
     torch.manual_seed(0)
-    kernel.ensure_built()
     contexts = [128, 1024, 4096] if args.quick else [128, 512, 1024, 2048, 4096]
     rows = [4, 16] if args.quick else [4, 8, 16, 32, 64]
     requests = [1, 4] if args.quick else [1, 4, 16]

@@ -41,15 +41,32 @@ def cache_dir() -> Path:
     return Path(root) / "heterospec_vllm"
 
 
-@functools.cache
-def load_library(portable: bool = False) -> ctypes.CDLL:
-    """Builds the library unless the cache has it, and loads it.
+class _Chosen:
+    """The build that entries come from: "native" outside tests."""
 
-    `portable` leaves out every CPU-specific instruction path; tests run both.
-    Raises LibraryUnavailable.
+    build = "native"
+
+
+def choose_build(build: str) -> None:
+    """Takes entries from another build from now on (for tests).
+
+    Args:
+        build: "native" for this CPU, "avx2" for any with AVX2, or "portable", which leaves out every
+            CPU-specific instruction path.
     """
+    _Chosen.build = build
+    c_entry.cache_clear()
+
+
+def load_library() -> ctypes.CDLL:
+    """Builds the library unless the cache has it, and loads it. Raises LibraryUnavailable."""
+    return _load(_Chosen.build)
+
+
+@functools.cache
+def _load(build: str) -> ctypes.CDLL:
     compiler = _find_compiler()
-    command = [*compiler, *_FLAGS, *_target_flags(portable)]
+    command = [*compiler, *_FLAGS, *_target_flags(build)]
     path = cache_dir() / f"tree_attention-{_key(command)}.so"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,9 +108,11 @@ def _find_compiler() -> list[str]:
     )
 
 
-def _target_flags(portable: bool) -> list[str]:
-    if portable:
+def _target_flags(build: str) -> list[str]:
+    if build == "portable":
         return ["-DHETEROSPEC_PORTABLE"]
+    if build == "avx2":
+        return ["-mavx2", "-mfma", "-mf16c"]
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
     return ["-march=native" if is_x86 else "-mcpu=native"]
 

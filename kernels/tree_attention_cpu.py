@@ -2,13 +2,13 @@
 """Tree attention on CPU over vLLM's paged KV cache (C++, csrc/)."""
 
 import ctypes
+import functools
 import struct
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from .cpu_library import LibraryUnavailable, load_library
+from .cpu_library import LibraryUnavailable, c_entry, load_library
 
 MAX_ROWS = 64  # rows a request: the width of the ancestor mask
 SUPPORTED_HEAD_SIZES = tuple(range(32, 257, 32))  # vLLM stores other sizes as `vec16`
@@ -18,54 +18,23 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PACK = struct.Struct("=2q8Q14qd3Q4q").pack  # csrc/attend.hpp: Arguments
 
 
-def _load(portable: bool) -> Callable[[bytes], int]:
-    entry = load_library(portable).heterospec_tree_attention
-    entry.argtypes = [ctypes.c_char_p]
-    entry.restype = ctypes.c_int
-    return entry
-
-
-class _Kernel:
-    """The loaded C entries; which of them the launcher calls is `portable`."""
-
-    entry: Callable[[bytes], int] | None = None
-    reason: str | None = None
-
-
-def ensure_built(portable: bool = False) -> None:
-    """Builds and loads the kernel; later calls of `tree_attention_cpu` use it.
-
-    Args:
-        portable: take the code without CPU-specific instructions (slower; for tests).
-
-    Raises:
-        LibraryUnavailable: no compiler, or it failed; the message says which.
-    """
-    try:
-        _Kernel.entry = _load(portable)
-    except LibraryUnavailable as error:
-        _Kernel.reason = str(error)
-        raise
-    _Kernel.reason = None
-
-
 def is_available() -> bool:
     """Whether the kernel can run here; builds it the first time (seconds). Never raises."""
     return unavailable_reason() is None
 
 
+@functools.cache
 def unavailable_reason() -> str | None:
     """Why the kernel cannot run here, or None if it can; builds it the first time (seconds)."""
-    if _Kernel.entry is None and _Kernel.reason is None:
-        try:
-            ensure_built()
-        except LibraryUnavailable as error:
-            return str(error)
-    return _Kernel.reason
+    try:
+        load_library()
+    except LibraryUnavailable as error:
+        return str(error)
+    return None
 
 
 def instruction_set() -> str:
-    """What the loaded kernel was compiled for: "avx512_bf16", "avx512" or "portable"."""
+    """What the library was compiled for: "avx512_bf16", "avx512", "avx2" or "portable"."""
     entry = load_library().heterospec_tree_attention_isa
     entry.restype = ctypes.c_char_p
     return entry().decode()
@@ -152,9 +121,7 @@ def tail_of(
 
 def launch(*arguments: Any) -> None:
     """Calls the C entry with the arguments of `pack`; for the launchers of this package."""
-    if _Kernel.entry is None:
-        ensure_built()
-    failed = _Kernel.entry(pack(*arguments))  # type: ignore[misc]
+    failed = c_entry("heterospec_tree_attention")(pack(*arguments))
     assert not failed
 
 

@@ -141,6 +141,12 @@ class Attend {
   }
 
  private:
+  struct Ones {
+    float factor[kTileRows];
+    constexpr Ones() : factor() {
+      for (float& f : factor) f = 1.0f;
+    }
+  };
   static constexpr float kNone = -std::numeric_limits<float>::infinity();
 
   static void store_out(T* to, vf16 v) { store(to, v); }
@@ -296,12 +302,7 @@ class Attend {
 
   void add_dense(const Chunk& c, const Chunk& ahead, int count, const L* weights, float* values,
                  const float* keep) {
-    static constexpr float kOnes[kTileRows] = {1, 1, 1
-#if defined(HETEROSPEC_AVX512)
-                                               ,
-                                               1, 1, 1, 1, 1, 1, 1, 1, 1
-#endif
-    };
+    static constexpr Ones kOnes;
     if (c.dense == 0) {
       for (int r = 0; r < count; ++r)
         for (int d = 0; d < dim_; d += kLanes)
@@ -311,7 +312,7 @@ class Attend {
     for (int p = 0; p < c.num_pieces && c.pieces[p].offset < c.dense; ++p) {
       const Piece& piece = c.pieces[p];
       gemm<T>(count, weights + piece.offset, kChunk, piece.values, dim_, values, dim_, dim_,
-              std::min(piece.size, c.dense - piece.offset), p == 0 ? keep : kOnes, ahead.pieces[p].values);
+              std::min(piece.size, c.dense - piece.offset), p == 0 ? keep : kOnes.factor, ahead.pieces[p].values);
     }
   }
 
@@ -324,10 +325,12 @@ class Attend {
       if (here == 0) continue;
       const L* w = weights + piece.offset;
       int d = 0;
-      for (; d + 8 * kLanes <= dim_; d += 8 * kLanes)
-        add_columns<8>(here, w, piece.values + d, values + d);
-      for (; d + 4 * kLanes <= dim_; d += 4 * kLanes)
-        add_columns<4>(here, w, piece.values + d, values + d);
+      constexpr int kWide = 8 * kLanesOf<vf> / kLanes;  // eight registers accumulate
+      for (; d + kWide * kLanes <= dim_; d += kWide * kLanes)
+        add_columns<kWide>(here, w, piece.values + d, values + d);
+      if constexpr (kWide == 8)
+        for (; d + 4 * kLanes <= dim_; d += 4 * kLanes)
+          add_columns<4>(here, w, piece.values + d, values + d);
       for (; d < dim_; d += kLanes) add_columns<1>(here, w, piece.values + d, values + d);
     }
   }

@@ -47,10 +47,10 @@ struct Share {
 template <typename T, int kRows, int kColumns>
 void dot_tile(const typename Left<T>::type* left, int64_t left_stride, const T* weight,
               int64_t depth, float* out, int64_t out_stride) {
-  // The tile after this one follows in memory.
-  const T* ahead = weight + kColumns * depth;
 #if defined(HETEROSPEC_BF16_DOT)
   if constexpr (std::is_same_v<T, bf16>) {
+    // The tile after this one follows in memory.
+    const T* ahead = weight + kColumns * depth;
     __m512 acc[kRows][kColumns] = {};
     for (int64_t k = 0; k < depth; k += 2 * kLanes) {
       __m512bh right[kColumns];
@@ -73,13 +73,16 @@ void dot_tile(const typename Left<T>::type* left, int64_t left_stride, const T* 
   } else
 #endif
   {
-    vf16 acc[kRows][kColumns] = {};
-    for (int64_t k = 0; k < depth; k += kLanes) {
-      vf16 right[kColumns];
-      for (int c = 0; c < kColumns; ++c) right[c] = load(weight + c * depth + k);
-      for (int r = 0; r < kRows; ++r) {
-        const vf16 x = load(left + r * left_stride + k);
-        for (int c = 0; c < kColumns; ++c) acc[r][c] += x * right[c];
+    vf acc[kRows][kColumns] = {};
+    for (int64_t k = 0; k < depth; k += kLanesOf<vf>) {
+      vf x[kRows];
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) x[r] = load<vf>(left + r * left_stride + k);
+#pragma GCC unroll 8
+      for (int c = 0; c < kColumns; ++c) {
+        const vf right = load<vf>(weight + c * depth + k);
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) acc[r][c] += x[r] * right;
       }
     }
     for (int r = 0; r < kRows; ++r)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // C[rows, columns] (+)= A[rows, depth] * B[depth, columns], B row-major with a stride, in register
-// tiles of up to kTileRows x 32. Both products of attention have this shape in vLLM's `vec` layout:
+// tiles of up to kTileRows rows and kTileVectors vectors of columns. Both products of attention have this shape in vLLM's `vec` layout:
 // scores = Q * K with K stored [head_size, block_size], and output += P * V with V [keys, head_size].
 #pragma once
 
@@ -8,10 +8,13 @@
 
 namespace heterospec {
 
+// Most of the registers accumulate: 24 of AVX-512's 32, 12 of AVX2's and SSE's 16, 24 of NEON's 32.
 #if defined(HETEROSPEC_AVX512)
-constexpr int kTileRows = 12;  // 24 of the 32 registers accumulate
+constexpr int kTileRows = 12, kTileVectors = 2;
+#elif defined(HETEROSPEC_AVX2) || defined(__aarch64__)
+constexpr int kTileRows = 6, kTileVectors = 1;
 #else
-constexpr int kTileRows = 3;
+constexpr int kTileRows = 3, kTileVectors = 1;
 #endif
 
 // The type A is held in: bfloat16 pairs where the machine multiplies them, float otherwise.
@@ -41,7 +44,7 @@ void gemm_tile(const float* a, int lda, const T* b, int ldb, float* c, int ldc, 
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v)
-      acc[r][v] = keep ? load(c + r * ldc + v * kLanes) * keep[r] : vf16{};
+      acc[r][v] = keep ? load(c + r * ldc + v * kLanes) * keep[r] : splat(0.0f);
   for (int k = 0; k < depth; ++k) {
     vf16 right[kVectors];
 #pragma GCC unroll 2
@@ -50,7 +53,7 @@ void gemm_tile(const float* a, int lda, const T* b, int ldb, float* c, int ldc, 
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) acc[r][v] += a[r * lda + k] * right[v];
+      for (int v = 0; v < kVectors; ++v) acc[r][v] += right[v] * a[r * lda + k];
   }
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)
@@ -135,10 +138,12 @@ void gemm_tile(const bf16* a, int lda, const bf16* b, int ldb, float* c, int ldc
 template <typename T, int kRows>
 void gemm_rows(const typename Left<T>::type* a, int lda, const T* b, int ldb, float* c, int ldc,
                int columns, int depth, const float* keep, const T* ahead) {
+  constexpr int kWidth = kTileVectors * kLanes;
   int column = 0;
-  for (; column + 2 * kLanes <= columns; column += 2 * kLanes)
-    gemm_tile<T, kRows, 2>(a, lda, b + column, ldb, c + column, ldc, depth, keep, ahead + column);
-  if (column < columns)
+  for (; column + kWidth <= columns; column += kWidth)
+    gemm_tile<T, kRows, kTileVectors>(a, lda, b + column, ldb, c + column, ldc, depth, keep,
+                                      ahead + column);
+  for (; column < columns; column += kLanes)
     gemm_tile<T, kRows, 1>(a, lda, b + column, ldb, c + column, ldc, depth, keep, ahead + column);
 }
 

@@ -27,12 +27,6 @@ struct HeadArguments {
   Arguments attention;                   // its query and output are this layer's own
 };
 
-HETEROSPEC_INLINE vf16 silu(vf16 x) {
-  const vf16 magnitude = x > 0.0f ? x : -x;
-  const vf16 decayed = exp2_nonpositive(magnitude * -1.4426950408889634f);
-  return x * (x > 0.0f ? splat(1.0f) : decayed) / (decayed + 1.0f);
-}
-
 template <typename T>
 class HeadLayer {
   using L = typename Left<T>::type;

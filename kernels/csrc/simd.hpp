@@ -1,30 +1,92 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sixteen-lane float vectors, written with the compiler's vector extension: the same source becomes
-// AVX-512, AVX2, SSE or NEON code. HETEROSPEC_PORTABLE switches every intrinsic off (for tests).
+// Sixteen-lane float vectors, written with the compiler's vector extension and held in as many of
+// the machine's registers as that takes: one with AVX-512, two with AVX2, four with SSE or NEON.
+// A vector type wider than a register would live on the stack, so those are made of halves.
+// HETEROSPEC_PORTABLE switches every intrinsic off (for tests).
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && \
-    !defined(HETEROSPEC_PORTABLE)
+#if !defined(HETEROSPEC_PORTABLE)
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define HETEROSPEC_AVX512 1
 #include <immintrin.h>
 #if defined(__AVX512BF16__)
 #define HETEROSPEC_BF16_DOT 1
 #endif
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define HETEROSPEC_AVX2 1
+#include <immintrin.h>
+#endif
 #endif
 
 namespace heterospec {
 
-typedef float vf16 __attribute__((vector_size(64)));
-typedef int32_t vi16 __attribute__((vector_size(64)));
-typedef uint16_t vu16x16 __attribute__((vector_size(32)));
-typedef uint32_t vu16 __attribute__((vector_size(64)));
-
 #define HETEROSPEC_INLINE inline __attribute__((always_inline))
 
 constexpr int kLanes = 16;
+
+// The integer vectors that go with a vector of floats.
+template <typename V>
+struct Like {
+  typedef uint32_t u32 __attribute__((vector_size(sizeof(V))));
+  typedef int32_t i32 __attribute__((vector_size(sizeof(V))));
+  typedef uint16_t u16 __attribute__((vector_size(sizeof(V) / 2)));
+};
+
+template <typename V>
+struct Twice {
+  V low, high;
+};
+
+typedef float vf4 __attribute__((vector_size(16)));
+typedef float vf8 __attribute__((vector_size(32)));
+#if defined(HETEROSPEC_AVX512)
+typedef float vf __attribute__((vector_size(64)));  // what one register holds
+typedef vf vf16;
+#elif defined(HETEROSPEC_AVX2)
+typedef vf8 vf;
+typedef Twice<vf> vf16;
+#else
+typedef vf4 vf;
+typedef Twice<Twice<vf>> vf16;
+#endif
+
+template <typename V>
+constexpr bool kIsTwice = !std::is_same_v<V, vf>;
+template <typename V>
+constexpr int kLanesOf = sizeof(V) / sizeof(float);
+
+template <typename V>
+HETEROSPEC_INLINE Twice<V> operator+(Twice<V> a, Twice<V> b) {
+  return {a.low + b.low, a.high + b.high};
+}
+template <typename V>
+HETEROSPEC_INLINE Twice<V> operator*(Twice<V> a, Twice<V> b) {
+  return {a.low * b.low, a.high * b.high};
+}
+template <typename V>
+HETEROSPEC_INLINE Twice<V> operator/(Twice<V> a, Twice<V> b) {
+  return {a.low / b.low, a.high / b.high};
+}
+template <typename V>
+HETEROSPEC_INLINE Twice<V> operator+(Twice<V> a, float b) {
+  return {a.low + b, a.high + b};
+}
+template <typename V>
+HETEROSPEC_INLINE Twice<V> operator-(Twice<V> a, float b) {
+  return {a.low - b, a.high - b};
+}
+template <typename V>
+HETEROSPEC_INLINE Twice<V> operator*(Twice<V> a, float b) {
+  return {a.low * b, a.high * b};
+}
+template <typename V>
+HETEROSPEC_INLINE Twice<V>& operator+=(Twice<V>& a, Twice<V> b) {
+  return a = a + b;
+}
 
 struct bf16 {
   uint16_t bits;
@@ -41,7 +103,15 @@ HETEROSPEC_INLINE To bit_cast(const From& from) {
   return to;
 }
 
-HETEROSPEC_INLINE vf16 splat(float x) { return vf16{} + x; }
+template <typename V = vf16>
+HETEROSPEC_INLINE V splat(float x) {
+  if constexpr (kIsTwice<V>) {
+    const auto half = splat<decltype(V::low)>(x);
+    return {half, half};
+  } else {
+    return V{} + x;
+  }
+}
 
 template <typename V>
 HETEROSPEC_INLINE V load_raw(const void* from) {
@@ -50,56 +120,79 @@ HETEROSPEC_INLINE V load_raw(const void* from) {
   return v;
 }
 
-HETEROSPEC_INLINE void store(float* to, vf16 v) { std::memcpy(to, &v, sizeof(v)); }
+HETEROSPEC_INLINE vf load_register(const float* from) { return load_raw<vf>(from); }
 
-HETEROSPEC_INLINE vf16 load(const float* from) { return load_raw<vf16>(from); }
-
-HETEROSPEC_INLINE vf16 load(const bf16* from) {
-  const vu16 wide = __builtin_convertvector(load_raw<vu16x16>(from), vu16);
-  return bit_cast<vf16>(wide << 16);
+HETEROSPEC_INLINE vf load_register(const bf16* from) {
+  typedef Like<vf>::u32 u32;
+#if defined(HETEROSPEC_AVX2)
+  // GCC 12 widens in two halves where one instruction does it.
+  return bit_cast<vf>((u32)_mm256_cvtepu16_epi32(load_raw<__m128i>(from)) << 16);
+#else
+  return bit_cast<vf>(__builtin_convertvector(load_raw<Like<vf>::u16>(from), u32) << 16);
+#endif
 }
 
-HETEROSPEC_INLINE vf16 load(const f16* from) {
+HETEROSPEC_INLINE vf load_register(const f16* from) {
 #if defined(HETEROSPEC_AVX512)
-  return (vf16)_mm512_cvtph_ps(load_raw<__m256i>(from));
+  return (vf)_mm512_cvtph_ps(load_raw<__m256i>(from));
+#elif defined(HETEROSPEC_AVX2)
+  return (vf)_mm256_cvtph_ps(load_raw<__m128i>(from));
 #else
   // Shift exponent and mantissa into place and let one multiplication rebias them; it also
   // normalises subnormals. Infinities and NaN need their exponent put back.
-  const vu16 wide = __builtin_convertvector(load_raw<vu16x16>(from), vu16);
-  const vu16 magnitude = wide & 0x7fffu;
-  const vf16 finite = bit_cast<vf16>(magnitude << 13) * 0x1p112f;
-  const vu16 special = (magnitude << 13) | 0x7f800000u;
-  const vu16 bits = magnitude >= 0x7c00u ? special : bit_cast<vu16>(finite);
-  return bit_cast<vf16>(bits | ((wide & 0x8000u) << 16));
+  typedef Like<vf>::u32 u32;
+  const u32 wide = __builtin_convertvector(load_raw<Like<vf>::u16>(from), u32);
+  const u32 magnitude = wide & 0x7fffu;
+  const vf finite = bit_cast<vf>(magnitude << 13) * 0x1p112f;
+  const u32 special = (magnitude << 13) | 0x7f800000u;
+  const u32 bits = magnitude >= 0x7c00u ? special : bit_cast<u32>(finite);
+  return bit_cast<vf>(bits | ((wide & 0x8000u) << 16));
 #endif
+}
+
+template <typename V = vf16, typename T>
+HETEROSPEC_INLINE V load(const T* from) {
+  if constexpr (kIsTwice<V>) {
+    typedef decltype(V::low) Half;
+    return {load<Half>(from), load<Half>(from + kLanesOf<Half>)};
+  } else {
+    return load_register(from);
+  }
 }
 
 HETEROSPEC_INLINE float to_float(float x) { return x; }
 HETEROSPEC_INLINE float to_float(bf16 x) { return bit_cast<float>(uint32_t{x.bits} << 16); }
 
 // Round to nearest even, as torch does; NaN stays NaN.
-HETEROSPEC_INLINE vu16x16 to_bf16(vf16 v) {
+HETEROSPEC_INLINE Like<vf>::u16 to_bf16(vf v) {
+  typedef Like<vf>::u16 u16;
 #if defined(HETEROSPEC_BF16_DOT)
-  return bit_cast<vu16x16>(_mm512_cvtneps_pbh((__m512)v));
+  return bit_cast<u16>(_mm512_cvtneps_pbh((__m512)v));
 #else
-  const vu16 bits = bit_cast<vu16>(v);
-  const vu16 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const vu16 quiet = (bits >> 16) | 0x40u;
-  return __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded, vu16x16);
+  typedef Like<vf>::u32 u32;
+  const u32 bits = bit_cast<u32>(v);
+  const u32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const u32 quiet = (bits >> 16) | 0x40u;
+  return __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded, u16);
 #endif
 }
 
-HETEROSPEC_INLINE void store(bf16* to, vf16 v) {
-  const vu16x16 narrow = to_bf16(v);
+HETEROSPEC_INLINE void store_register(float* to, vf v) { std::memcpy(to, &v, sizeof(v)); }
+
+HETEROSPEC_INLINE void store_register(bf16* to, vf v) {
+  const auto narrow = to_bf16(v);
   std::memcpy(to, &narrow, sizeof(narrow));
 }
 
-HETEROSPEC_INLINE void store(f16* to, vf16 v) {
+HETEROSPEC_INLINE void store_register(f16* to, vf v) {
 #if defined(HETEROSPEC_AVX512)
   const __m256i narrow = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
   std::memcpy(to, &narrow, sizeof(narrow));
+#elif defined(HETEROSPEC_AVX2)
+  const __m128i narrow = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+  std::memcpy(to, &narrow, sizeof(narrow));
 #else
-  for (int lane = 0; lane < kLanes; ++lane) {
+  for (int lane = 0; lane < kLanesOf<vf>; ++lane) {
     const uint32_t bits = bit_cast<uint32_t>(v[lane]);
     const uint32_t sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
     uint32_t half;
@@ -118,60 +211,125 @@ HETEROSPEC_INLINE void store(f16* to, vf16 v) {
 #endif
 }
 
+template <typename T, typename V>
+HETEROSPEC_INLINE void store(T* to, V v) {
+  if constexpr (kIsTwice<V>) {
+    store(to, v.low);
+    store(to + kLanesOf<V> / 2, v.high);
+  } else {
+    store_register(to, v);
+  }
+}
+
 // `b` where either is NaN.
-HETEROSPEC_INLINE vf16 max(vf16 a, vf16 b) {
+template <typename V>
+HETEROSPEC_INLINE V max(V a, V b) {
+  if constexpr (kIsTwice<V>) {
+    return {max(a.low, b.low), max(a.high, b.high)};
+  } else {
 #if defined(HETEROSPEC_AVX512)
-  return (vf16)_mm512_max_ps((__m512)a, (__m512)b);
+    return (V)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(HETEROSPEC_AVX2)
+    return (V)_mm256_max_ps((__m256)a, (__m256)b);
 #else
-  return a > b ? a : b;
+    return a > b ? a : b;
 #endif
+  }
 }
 
-HETEROSPEC_INLINE float reduce_max(vf16 v) {
+template <typename V>
+HETEROSPEC_INLINE float reduce_max(V v) {
+  if constexpr (kIsTwice<V>) {
+    return reduce_max(max(v.low, v.high));
+  } else {
 #if defined(HETEROSPEC_AVX512)
-  return _mm512_reduce_max_ps((__m512)v);
+    return _mm512_reduce_max_ps((__m512)v);
 #else
-  float best = v[0];
-  for (int lane = 1; lane < kLanes; ++lane) best = v[lane] > best ? v[lane] : best;
-  return best;
+    float best = v[0];
+    for (int lane = 1; lane < kLanesOf<V>; ++lane) best = v[lane] > best ? v[lane] : best;
+    return best;
 #endif
+  }
 }
 
-HETEROSPEC_INLINE float reduce_add(vf16 v) {
+template <typename V>
+HETEROSPEC_INLINE float reduce_add(V v) {
+  if constexpr (kIsTwice<V>) {
+    return reduce_add(v.low + v.high);
+  } else {
 #if defined(HETEROSPEC_AVX512)
-  return _mm512_reduce_add_ps((__m512)v);
+    return _mm512_reduce_add_ps((__m512)v);
 #else
-  float sum = 0;
-  for (int lane = 0; lane < kLanes; ++lane) sum += v[lane];
-  return sum;
+#if defined(HETEROSPEC_AVX2)
+    const vf4 part = (vf4)_mm256_castps256_ps128((__m256)v) + (vf4)_mm256_extractf128_ps((__m256)v, 1);
+#else
+    const vf4 part = v;
 #endif
+    return (part[0] + part[2]) + (part[1] + part[3]);
+#endif
+  }
+}
+
+// sum += a . b, lanes folded into one register.
+template <typename V>
+HETEROSPEC_INLINE void add_products(vf& sum, V a, V b) {
+  if constexpr (kIsTwice<V>) {
+    add_products(sum, a.low, b.low);
+    add_products(sum, a.high, b.high);
+  } else {
+    sum += a * b;
+  }
 }
 
 // 2^x for x <= 0; below -126 the result is 2^-126; NaN stays NaN. Relative error about 1e-7.
-HETEROSPEC_INLINE vf16 exp2_nonpositive(vf16 x) {
-  const vf16 magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  x = max(splat(-126.0f), x);
-  const vf16 rounded = x + magic;
-  const vf16 f = x - (rounded - magic);
-  vf16 p = splat(1.5403530e-4f);  // Taylor coefficients ln(2)^n / n!, |f| <= 1/2
-  p = p * f + 1.3333558e-3f;
-  p = p * f + 9.6181291e-3f;
-  p = p * f + 5.5504109e-2f;
-  p = p * f + 2.4022651e-1f;
-  p = p * f + 6.9314718e-1f;
-  p = p * f + 1.0f;
-  return bit_cast<vf16>(bit_cast<vu16>(p) + (bit_cast<vu16>(rounded) << 23));
+template <typename V>
+HETEROSPEC_INLINE V exp2_nonpositive(V x) {
+  if constexpr (kIsTwice<V>) {
+    return {exp2_nonpositive(x.low), exp2_nonpositive(x.high)};
+  } else {
+    typedef typename Like<V>::u32 u32;
+    const V magic = splat<V>(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    x = max(splat<V>(-126.0f), x);
+    const V rounded = x + magic;
+    const V f = x - (rounded - magic);
+    V p = splat<V>(1.5403530e-4f);  // Taylor coefficients ln(2)^n / n!, |f| <= 1/2
+    p = p * f + 1.3333558e-3f;
+    p = p * f + 9.6181291e-3f;
+    p = p * f + 5.5504109e-2f;
+    p = p * f + 2.4022651e-1f;
+    p = p * f + 6.9314718e-1f;
+    p = p * f + 1.0f;
+    return bit_cast<V>(bit_cast<u32>(p) + (bit_cast<u32>(rounded) << 23));
+  }
+}
+
+// x / (1 + e^-x), without overflow on either side.
+template <typename V>
+HETEROSPEC_INLINE V silu(V x) {
+  if constexpr (kIsTwice<V>) {
+    return {silu(x.low), silu(x.high)};
+  } else {
+    const V magnitude = x > 0.0f ? x : -x;
+    const V decayed = exp2_nonpositive(magnitude * -1.4426950408889634f);
+    return x * (x > 0.0f ? splat<V>(1.0f) : decayed) / (decayed + 1.0f);
+  }
 }
 
 // Lanes whose bit is set keep `v`; the others become `other`, whatever `v` held (NaN included).
-HETEROSPEC_INLINE vf16 keep_lanes(uint32_t bits, vf16 v, float other) {
+template <typename V>
+HETEROSPEC_INLINE V keep_lanes(uint32_t bits, V v, float other) {
+  if constexpr (kIsTwice<V>) {
+    return {keep_lanes(bits, v.low, other), keep_lanes(bits >> kLanesOf<V> / 2, v.high, other)};
+  } else {
 #if defined(HETEROSPEC_AVX512)
-  return (vf16)_mm512_mask_mov_ps((__m512)splat(other), __mmask16(bits), (__m512)v);
+    return (V)_mm512_mask_mov_ps((__m512)splat(other), __mmask16(bits), (__m512)v);
 #else
-  const vi16 lane_bit = {1,      1 << 1, 1 << 2,  1 << 3,  1 << 4,  1 << 5,  1 << 6,  1 << 7,
-                         1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15};
-  return ((lane_bit & int32_t(bits)) != 0) ? v : splat(other);
+    typedef typename Like<V>::i32 i32;
+    i32 lane_bit;
+    for (int lane = 0; lane < kLanesOf<V>; ++lane) lane_bit[lane] = 1 << lane;
+    return ((lane_bit & int32_t(bits)) != 0) ? v : splat<V>(other);
 #endif
+  }
 }
 
 }  // namespace heterospec

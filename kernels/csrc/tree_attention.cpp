@@ -69,6 +69,8 @@ HETEROSPEC_EXPORT const char* heterospec_tree_attention_isa() {
   return "avx512_bf16";
 #elif defined(HETEROSPEC_AVX512)
   return "avx512";
+#elif defined(HETEROSPEC_AVX2)
+  return "avx2";
 #else
   return "portable";
 #endif

@@ -3,7 +3,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -49,3 +49,18 @@ def poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
         return tensor.fill_(float("nan") if tensor.is_floating_point() else 99)
 
     monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.fixture(scope="module", params=["native", "avx2", "portable"])
+def cpu_build(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The C++ kernels as built for this CPU, for one with no more than AVX2, and for any."""
+    from heterospec_vllm.kernels import cpu_library, tree_attention_cpu
+
+    reason = tree_attention_cpu.unavailable_reason()
+    if reason is not None:
+        pytest.skip(reason)
+    if request.param == "avx2" and not tree_attention_cpu.instruction_set().startswith("avx512"):
+        pytest.skip("this CPU's own build is that one, or it cannot run it")
+    cpu_library.choose_build(request.param)
+    yield request.param
+    cpu_library.choose_build("native")

@@ -15,8 +15,7 @@ from heterospec_vllm.kernels import tree_attention_cpu as kernel
 BUILD_IN_NEW_PROCESS = [
     sys.executable,
     "-c",
-    "from heterospec_vllm.kernels import tree_attention_cpu as k;"
-    " k.ensure_built(portable=True); print(k.is_available())",
+    "from heterospec_vllm.kernels import tree_attention_cpu as k; print(k.is_available())",
 ]
 
 
@@ -25,11 +24,12 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Nothing loaded, nothing cached; what other tests loaded is back afterwards."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(kernel._Kernel, "entry", None)
-    monkeypatch.setattr(kernel._Kernel, "reason", None)
-    cpu_library.load_library.cache_clear()
+    caches = (cpu_library._load, cpu_library.c_entry, kernel.unavailable_reason)
+    for cache in caches:
+        cache.cache_clear()
     yield
-    cpu_library.load_library.cache_clear()
+    for cache in caches:
+        cache.cache_clear()
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -37,7 +37,7 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert not kernel.is_available()
     assert "no C++ compiler: looked for g++ and c++" in (kernel.unavailable_reason() or "")
     with pytest.raises(cpu_library.LibraryUnavailable, match="install g\\+\\+"):
-        kernel.ensure_built()
+        cpu_library.load_library()
 
 
 def test_compiler_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -99,7 +99,8 @@ import sys
 from pathlib import Path
 import torch
 from heterospec_vllm.kernels import cpu_library
-threads = cpu_library.load_library(sys.argv[1] == "portable").heterospec_tree_attention_threads
+cpu_library.choose_build(sys.argv[1])
+threads = cpu_library.load_library().heterospec_tree_attention_threads
 for count in (3, 1):
     torch.set_num_threads(count)
     assert threads() == count, (threads(), count)

@@ -9,6 +9,8 @@ import torch
 from heterospec_vllm.kernels import reference
 from heterospec_vllm.kernels.draft_attention_cpu import draft_attention_cpu
 
+pytestmark = pytest.mark.usefixtures("cpu_build")
+
 # One unit in the last place of the output at values below 4; float32 sums in another order.
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}
 

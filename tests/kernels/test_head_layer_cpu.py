@@ -10,6 +10,8 @@ import torch
 from heterospec_vllm.kernels import reference
 from heterospec_vllm.kernels.head_layer_cpu import HeadLayerWeights, head_layer_cpu
 
+pytestmark = pytest.mark.usefixtures("cpu_build")
+
 # float32 sums in another order; the others round their inputs to every product once more than float64 does.
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 2**-5, torch.float16: 2**-8}
 BLOCK = 16

@@ -9,6 +9,8 @@ import torch
 from heterospec_vllm.kernels import reference
 from heterospec_vllm.kernels.tap_fusion_cpu import misfit, tap_fusion_cpu
 
+pytestmark = pytest.mark.usefixtures("cpu_build")
+
 # float32 sums in another order; the others round a tap once before its products.
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}
 

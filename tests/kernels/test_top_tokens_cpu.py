@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from heterospec_vllm.kernels import reference
 from heterospec_vllm.kernels.top_tokens_cpu import misfit, top_tokens_cpu
 
+pytestmark = pytest.mark.usefixtures("cpu_build")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Products are exact and sums are float32; a logarithm of about ten has this many correct digits.
 TOLERANCE = 1e-4

@@ -166,15 +166,10 @@ def one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=["native", "portable"], autouse=True)
-def variant(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every test runs the CPU-specific code and the portable one."""
-    reason = kernel.unavailable_reason()
-    if reason is not None:
-        pytest.skip(reason)
-    kernel.ensure_built(portable=request.param == "portable")
-    yield request.param
-    kernel.ensure_built()
+@pytest.fixture(autouse=True)
+def variant(cpu_build: str) -> str:
+    """Every test runs each build of the library."""
+    return cpu_build
 
 
 @pytest.mark.parametrize("group", [1, 3, 4, 8])
