@@ -76,12 +76,12 @@ void dot_tile(const typename Left<T>::type* left, int64_t left_stride, const T* 
     vf acc[kRows][kColumns] = {};
     for (int64_t k = 0; k < depth; k += kLanesOf<vf>) {
       vf x[kRows];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) x[r] = load<vf>(left + r * left_stride + k);
 #pragma GCC unroll 8
       for (int c = 0; c < kColumns; ++c) {
         const vf right = load<vf>(weight + c * depth + k);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) acc[r][c] += x[r] * right;
       }
     }
@@ -90,30 +90,47 @@ void dot_tile(const typename Left<T>::type* left, int64_t left_stride, const T* 
   }
 }
 
+// rows in 1..kRows.
+template <typename T, int kRows, int kColumns>
+void dot_rows(int64_t rows, const typename Left<T>::type* left, int64_t left_stride,
+              const T* weight, int64_t depth, float* out, int64_t out_stride) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows)
+      return dot_rows<T, kRows - 1, kColumns>(rows, left, left_stride, weight, depth, out, out_stride);
+  }
+  dot_tile<T, kRows, kColumns>(left, left_stride, weight, depth, out, out_stride);
+}
+
+// The rows are cut into pieces of nearly equal size, at most kRows: a tile of one row is slow.
+template <typename T, int kRows, int kColumns>
+void dot_columns(const typename Left<T>::type* left, int64_t left_stride, int64_t num_rows,
+                 const T* weight, int64_t depth, Share columns, float* out, int64_t out_stride) {
+  static_assert(kDotColumns % kColumns == 0, "shares are cut at multiples of kDotColumns");
+  const int64_t pieces = (num_rows + kRows - 1) / kRows;
+  for (int64_t c = columns.begin; c < columns.end; c += kColumns) {
+    for (int64_t p = 0; p < pieces; ++p) {
+      const int64_t r = num_rows * p / pieces, end = num_rows * (p + 1) / pieces;
+      dot_rows<T, kRows, kColumns>(end - r, left + r * left_stride, left_stride, weight + c * depth,
+                                   depth, out + r * out_stride + c, out_stride);
+    }
+  }
+}
+
 // Columns [columns.begin, columns.end) of all rows; both ends multiples of kDotColumns.
 template <typename T>
 void project(const typename Left<T>::type* left, int64_t left_stride, int64_t num_rows,
              const T* weight, int64_t depth, Share columns, float* out, int64_t out_stride) {
-  constexpr int kHalf = kDotColumns / 2;
-  for (int64_t c = columns.begin; c < columns.end; c += kDotColumns) {
-    const T* tile = weight + c * depth;
-    if (num_rows == 1) {
-      dot_tile<T, 1, kDotColumns>(left, left_stride, tile, depth, out + c, out_stride);
-      continue;
-    }
-    for (int half = 0; half < 2; ++half, tile += kHalf * depth) {
-      for (int64_t r = 0; r < num_rows; r += 4) {
-        const auto* x = left + r * left_stride;
-        float* to = out + r * out_stride + c + half * kHalf;
-        switch (num_rows - r) {
-          case 1: dot_tile<T, 1, kHalf>(x, left_stride, tile, depth, to, out_stride); break;
-          case 2: dot_tile<T, 2, kHalf>(x, left_stride, tile, depth, to, out_stride); break;
-          case 3: dot_tile<T, 3, kHalf>(x, left_stride, tile, depth, to, out_stride); break;
-          default: dot_tile<T, 4, kHalf>(x, left_stride, tile, depth, to, out_stride);
-        }
-      }
-    }
-  }
+  // Twelve to sixteen sums: enough to hide a multiply-add's latency, few enough for the registers.
+  const auto with = [&](auto dot) {
+    dot(left, left_stride, num_rows, weight, depth, columns, out, out_stride);
+  };
+  if (num_rows == 1) return with(dot_columns<T, 1, 8>);
+#if defined(HETEROSPEC_AVX512) || defined(__aarch64__)
+  with(dot_columns<T, 4, 4>);
+#else
+  if (num_rows <= 3) return with(dot_columns<T, 3, 4>);
+  with(dot_columns<T, 6, 2>);
+#endif
 }
 
 }  // namespace heterospec
