@@ -77,6 +77,7 @@ class Profile(BaseModel):
     target: str = Field(min_length=1)  # fingerprint of the target's weights
     head: str = Field(min_length=1)
     machine: str = Field(min_length=1)  # where the costs were measured
+    dtype: str = ""  # in which the costs were measured
     created: str = ""
     versions: dict[str, str] = {}
     num_prompts: int = 0
@@ -103,6 +104,10 @@ class Profile(BaseModel):
     @property
     def survival_table(self) -> Floats:
         return np.asarray(self.survivals, dtype=np.float64)
+
+    def has_costs_of(self, machine: str, dtype: str) -> bool:
+        """Whether its costs were measured on such a machine with the target in this dtype."""
+        return (self.machine, self.dtype) == (machine, dtype)
 
     def save(self, path: Path) -> None:
         """Writes the file atomically."""
@@ -173,19 +178,31 @@ def fingerprint(model: str) -> str:
 
 
 def machine_name() -> str:
-    """The GPU, or the processor and the threads that torch may use: what a cost table belongs to."""
+    """The GPU, or the processor, its instructions and the threads that torch may use: what a cost table belongs to."""
     import torch  # not at the top: profiles are checked where engines only start
 
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    model = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(x.split(":", 1)[1].strip() for x in lines if x.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
     threads = os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))
-    return f"{model}, {threads} threads"
+    return f"{_processor()}, {threads} threads"
+
+
+# What decides how fast matrices are multiplied, the best first. Virtual machines of one host family often share a
+# model name, and without bfloat16 instructions ten tokens may cost ten times one.
+_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "sve", "asimd")
+
+
+def _processor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    lines = (line.partition(":") for line in text.splitlines())
+    fields = {key.strip().lower(): value.strip() for key, _, value in lines}
+    model = fields.get("model name") or platform.processor() or platform.machine()
+    flags = fields.get("flags", fields.get("features", "")).split()
+    best = next((name for name in _INSTRUCTIONS if name in flags), None)
+    return f"{model} with {best}" if best else model
 
 
 def _local_folder(model: str) -> Path | None:

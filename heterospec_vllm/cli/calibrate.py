@@ -106,7 +106,7 @@ def calibrate(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     costs = calibration.fit_costs(samples)
-    _save(output, target, head, fit, costs, depth, len(texts))
+    _save(output, target, head, fit, costs, dtype, depth, len(texts))
     picture = picture or output.with_suffix(".png")
     calibration.draw_reliability(fit.held_out, fit.survivals, picture)
     _print(console, fit, costs)
@@ -179,7 +179,7 @@ def _time_steps(
     return samples
 
 
-def _save(output: Path, target, head, fit, costs, depth: int, num_prompts: int) -> None:
+def _save(output: Path, target, head, fit, costs, dtype: str, depth: int, num_prompts: int) -> None:
     from heterospec_vllm.config import BUILTIN_HEAD, ConfigSource, parse
     from heterospec_vllm.profile import Profile, fingerprint, machine_name
 
@@ -190,6 +190,7 @@ def _save(output: Path, target, head, fit, costs, depth: int, num_prompts: int) 
         target=fingerprint(target),
         head=fingerprint(head),
         machine=machine_name(),
+        dtype=dtype,
         created=time.strftime("%Y-%m-%d", time.gmtime()),
         versions={name: _version(name) for name in ("vllm", "torch", "heterospec-vllm")},
         num_prompts=num_prompts,

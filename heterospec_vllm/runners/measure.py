@@ -14,6 +14,7 @@ import torch
 from vllm.logger import init_logger
 
 from heterospec_vllm.cost import ROW_KNOTS, TOKEN_KNOTS, StepCosts, table_from_samples
+from heterospec_vllm.tree import Floats, Ints
 from heterospec_vllm.tree_drafter import TreeDrafter
 
 logger = init_logger(__name__)
@@ -21,6 +22,8 @@ logger = init_logger(__name__)
 TOKENS = (1, 4, 8, 16, 32, 64, 256)
 ROWS = (1, 4, 8, 32, 128)
 REPEATS = 3
+LEAST_SIZES = 3
+MOST_SECONDS = 3.0  # after which no larger size is begun
 
 
 def measure_costs(runner: Any, proposer: TreeDrafter) -> StepCosts:
@@ -30,18 +33,28 @@ def measure_costs(runner: Any, proposer: TreeDrafter) -> StepCosts:
     """
     start = time.perf_counter()
     most = min(runner.max_num_tokens, proposer.max_num_tokens)
-    tokens = [n for n in TOKENS if n <= most] or [most]
-    rows = [n for n in ROWS if n <= most] or [most]
     with torch.inference_mode():
-        verify = [_median(partial(_target, runner, proposer, n)) for n in tokens]
-        level = [_median(partial(proposer.time_pass, n)) for n in rows]
+        verify = _measure(partial(_target, runner, proposer), TOKENS, most)
+        level = _measure(proposer.time_pass, ROWS, most)
     logger.info("heterospec: measured step costs in %.1f s", time.perf_counter() - start)
-    level_table = table_from_samples(ROW_KNOTS, np.array(rows), np.array(level))
     return StepCosts(
-        verify=table_from_samples(TOKEN_KNOTS, np.array(tokens), np.array(verify)),
-        first_pass=table_from_samples(ROW_KNOTS, np.array(rows), np.array(level)),
-        level=level_table,
+        verify=table_from_samples(TOKEN_KNOTS, *verify),
+        first_pass=table_from_samples(ROW_KNOTS, *level),
+        level=table_from_samples(ROW_KNOTS, *level),
     )
+
+
+def _measure(run: Callable[[int], None], sizes: tuple[int, ...], most: int) -> tuple[Ints, Floats]:
+    """(sizes, seconds): as many sizes up to ``most`` as the time allows, from the smallest on."""
+    start = time.perf_counter()
+    sizes = tuple(n for n in sizes if n <= most) or (most,)
+    seconds: list[float] = []
+    for n in sizes:
+        seconds.append(_median(partial(run, n)))
+        # Where a processor has no instructions for the dtype, tokens cost alike and many take long.
+        if len(seconds) >= LEAST_SIZES and time.perf_counter() - start > MOST_SECONDS:
+            break
+    return np.array(sizes[: len(seconds)]), np.array(seconds)
 
 
 def _median(run: Callable[[], None]) -> float:

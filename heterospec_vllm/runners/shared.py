@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from vllm.config import SchedulerConfig, VllmConfig
+from vllm.config import ModelConfig, SchedulerConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.core.sched.output import SchedulerOutput
 
@@ -40,6 +40,7 @@ logger = init_logger(__name__)
 class SpeculatingRunner:
     """The part of a model runner that does not depend on vLLM's version of it; subclasses are also vLLM's runner."""
 
+    model_config: ModelConfig
     scheduler_config: SchedulerConfig
 
     def start_speculation(self, vllm_config: VllmConfig, drafter: TreeDrafter) -> None:
@@ -91,18 +92,21 @@ class SpeculatingRunner:
         self.controller.policy = self._policies[config]
 
     def _measured_costs(self) -> StepCosts:
-        """The profile's tables where it was made on this machine, else a measurement of a few seconds, made once."""
+        """The profile's tables where it was made on this machine in this dtype, else a measurement of a few seconds."""
         if self._costs is None:
             profile = self._profile
-            if profile is not None and profile.machine == machine_name():
+            dtype = str(self.model_config.dtype).removeprefix("torch.")
+            if profile is not None and profile.has_costs_of(machine_name(), dtype):
                 self._costs = StepCosts.from_dict(profile.costs.model_dump())
             else:
                 if profile is not None:
                     logger.info(
-                        "heterospec: the profile was made on '%s', this is '%s': its strata and "
-                        "survivals are used, costs are measured anew.",
+                        "heterospec: the profile was made on '%s' in %s, this is '%s' in %s: its strata "
+                        "and survivals are used, costs are measured anew.",
                         profile.machine,
+                        profile.dtype or "an unknown dtype",
                         machine_name(),
+                        dtype,
                     )
                 self._costs = measure_costs(self, self._drafter)
         return self._costs

@@ -219,6 +219,34 @@ def test_the_machine_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert re.fullmatch(r".+, 3 threads", machine_name())
 
 
+@pytest.mark.parametrize(
+    ("cpuinfo", "name"),
+    [
+        (
+            "model name : AMD EPYC\nflags : fpu avx2 avx512f avx512_bf16",
+            "AMD EPYC with avx512_bf16",
+        ),
+        ("model name : AMD EPYC\nflags : fpu avx avx2 fma", "AMD EPYC with avx2"),
+        ("processor : 0\nFeatures : fp asimd", "ours with asimd"),
+        ("model name : old\nflags : fpu sse2", "old"),
+    ],
+)
+def test_machines_named_alike_differ_by_their_instructions(
+    monkeypatch: pytest.MonkeyPatch, cpuinfo: str, name: str
+) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda self: cpuinfo)
+    monkeypatch.setattr(profiles.platform, "processor", lambda: "ours")
+    assert profiles._processor() == name
+
+
+def test_costs_belong_to_a_machine_and_a_dtype() -> None:
+    profile = Profile.model_validate(content(machine="here", dtype="bfloat16"))
+    assert profile.has_costs_of("here", "bfloat16")
+    assert not profile.has_costs_of("there", "bfloat16")
+    assert not profile.has_costs_of("here", "float32")
+    assert not Profile.model_validate(content(machine="here")).has_costs_of("here", "bfloat16")
+
+
 # ---- the policies made with it
 
 
