@@ -55,6 +55,17 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def multiplies_16_bits() -> bool:
+    """Whether vLLM's products are fast in bfloat16 and float16 here.
+
+    On a processor for which oneDNN has none, vLLM 0.32 falls back to torch's, which take each row of a batch on its
+    own: slower than float32 everywhere, and n tokens cost n times one.
+    """
+    import torch
+
+    return torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def server_environment() -> dict[str, str]:
     """The environment of every server of a comparison; what the user has set wins.
 
@@ -86,6 +97,7 @@ class VllmServer:
         port: int,
         max_model_len: int,
         speculative_config: str | None,
+        dtype: str | None = None,  # as for `vllm serve`; None: the model's own
     ) -> None:
         self.label = label
         self.target = str(target)
@@ -93,6 +105,8 @@ class VllmServer:
         self.port = port
         self.arguments = ["serve", self.target, "--host", HOST, "--port", str(port)]
         self.arguments += ["--max-model-len", str(max_model_len)]
+        if dtype is not None:
+            self.arguments += ["--dtype", dtype]
         if speculative_config is not None:
             self.arguments += ["--speculative-config", speculative_config]
         self._process: subprocess.Popen[bytes] | None = None

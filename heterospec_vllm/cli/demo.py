@@ -39,6 +39,14 @@ def demo(
         bool, typer.Option("--serve", help="Leave the server up until Ctrl-C; compare nothing.")
     ] = False,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free port.")] = 0,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="As for `vllm serve`. Default: the model's own, but float32 on a processor without "
+            "bfloat16 products, where it is faster.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Serve a model with speculation, chat with it, and compare it with plain decoding.
 
@@ -54,12 +62,13 @@ def demo(
     try:
         target_dir = target or _default_target(console)
         config = speculative_config or _packaged_config()
+        dtype = dtype or _faster_dtype(console)
         with tempfile.TemporaryDirectory(prefix="heterospec-demo-") as log_dir:
-            server = _server("heterospec", target_dir, Path(log_dir), port, config)
+            server = _server("heterospec", target_dir, Path(log_dir), port, config, dtype)
             if serve:
                 _serve(console, server)
             else:
-                plain = _server("plain", target_dir, Path(log_dir), 0, None)
+                plain = _server("plain", target_dir, Path(log_dir), 0, None, dtype)
                 _demo(console, server, plain, num_rounds, max_tokens)
     except (OSError, ServerFailed, ValueError, RuntimeError) as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
@@ -76,8 +85,22 @@ def _packaged_config() -> str:
     return str(resources.files("heterospec_vllm.configs").joinpath("heterospec.json"))
 
 
+def _faster_dtype(console: Console) -> str | None:
+    from heterospec_vllm.demo_server import multiplies_16_bits
+
+    if multiplies_16_bits():
+        return None
+    console.print("no bfloat16 products on this processor: serving in float32, which is faster")
+    return "float32"
+
+
 def _server(
-    label: str, target: str, log_dir: Path, port: int, speculative_config: str | None
+    label: str,
+    target: str,
+    log_dir: Path,
+    port: int,
+    speculative_config: str | None,
+    dtype: str | None,
 ) -> "VllmServer":
     from heterospec_vllm.demo_server import VllmServer, free_port
 
@@ -88,6 +111,7 @@ def _server(
         port=port or free_port(),
         max_model_len=MAX_MODEL_LEN,
         speculative_config=speculative_config,
+        dtype=dtype,
     )
 
 

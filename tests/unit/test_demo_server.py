@@ -17,6 +17,7 @@ import pytest
 from rich.console import Console
 
 from heterospec_vllm import demo_server
+from heterospec_vllm.cli import demo
 from heterospec_vllm.demo_server import ServerFailed, SpecDecodeCounters, VllmServer, free_port
 
 FAKE_SERVER = '''
@@ -121,6 +122,23 @@ def test_counters_sum_engines_and_give_the_acceptance_length(
     start = SpecDecodeCounters(10.0, 30.0, 5.0)
     assert SpecDecodeCounters(20.0, 60.0, 25.0).acceptance_length(start) == 3.0
     assert start.acceptance_length(start) == 1.0
+
+
+@pytest.mark.parametrize(("supported", "dtype"), [(True, None), (False, "float32")])
+def test_float32_where_the_processor_has_no_bfloat16_products(
+    monkeypatch: pytest.MonkeyPatch, supported: bool, dtype: str | None
+) -> None:
+    monkeypatch.setattr(demo_server, "multiplies_16_bits", lambda: supported)
+    console = quiet()
+    assert demo._faster_dtype(console) == dtype
+    assert ("float32" in console.file.getvalue()) == (dtype is not None)  # type: ignore[attr-defined]
+
+
+def test_the_dtype_reaches_the_server(tmp_path: Path) -> None:
+    given = {"log_file": tmp_path / "log", "port": 1, "max_model_len": 8}
+    with_dtype = VllmServer("a", "model", speculative_config=None, dtype="float32", **given)
+    assert with_dtype.arguments[-2:] == ["--dtype", "float32"]
+    assert "--dtype" not in VllmServer("a", "model", speculative_config=None, **given).arguments
 
 
 def test_failure_shows_the_log_and_leaves_no_process(
