@@ -39,9 +39,9 @@ class StepTrees:
     ancestor_mask: torch.Tensor  # [num_tokens] int64, bit j: sees row j of its own request
 
 
-@dataclass(frozen=True)
+@dataclass
 class TreeMetadata:
-    """Attention metadata of a step in which some requests carry trees."""
+    """Attention metadata of a step in which some requests carry trees, for layers of one shape."""
 
     num_tokens: int
     query_start_loc: torch.Tensor  # [num_tree_reqs + 1] int32
@@ -51,6 +51,7 @@ class TreeMetadata:
     plan: TreeAttentionPlan
     workspace: TreeAttentionWorkspace | None
     rest: Any  # vLLM's metadata of the other requests, None where there are none
+    checked: bool = False  # the first layer's arguments were; the others' are alike
 
 
 class TreeBuilder:
@@ -149,7 +150,9 @@ class TreeImpl:
                 self.scale,
                 attn_metadata.plan,
                 workspace=attn_metadata.workspace,
+                checked=attn_metadata.checked,
             )
+            attn_metadata.checked = True
         if attn_metadata.rest is not None:
             super().forward(  # type: ignore[misc]
                 layer,

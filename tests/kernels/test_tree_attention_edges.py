@@ -21,6 +21,7 @@ from tree_attention_inputs import (
     star,
 )
 
+from heterospec_vllm.kernels import tree_attention as launcher
 from heterospec_vllm.kernels.tree_attention import tree_attention
 from heterospec_vllm.kernels.tree_attention_plan import (
     FP8,
@@ -124,6 +125,22 @@ def test_rows_of_a_fused_projection(device: torch.device) -> None:
     tree_attention(output=wide[:, 1:], plan=inputs.plan, **inputs.tensors())
     assert_near(wide[:, 1:], inputs.expected())
     assert wide[:, 0].isnan().all()
+
+
+def test_a_checked_call_is_not_checked_again(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = build(device, Model(), [Request(50, random_tree(6)), Request(3, chain(2))])
+    expected = inputs.run()
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("checked")
+
+    monkeypatch.setattr(launcher, "check_arguments", refuse)
+    with pytest.raises(AssertionError, match="checked"):
+        inputs.run()
+    inputs.options["checked"] = True
+    assert_near(inputs.run(), expected)
 
 
 @pytest.mark.gpu
