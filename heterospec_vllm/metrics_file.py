@@ -166,7 +166,7 @@ METRICS = (
 _fields_of = attrgetter(*(record.field for record in METRICS))
 
 
-def _flat_values(counters: StepCounters) -> list[float]:
+def flat_values(counters: StepCounters) -> list[float]:
     """The values of all metrics in the order of ``METRICS``."""
     values: list[float] = []
     for record, found in zip(METRICS, _fields_of(counters), strict=True):
@@ -251,7 +251,7 @@ class MetricsFile:
     def publish(self, counters: StepCounters) -> None:
         """Replaces all values; a reader sees all of them or those before."""
         self._sequence += 1
-        snapshot = _Snapshot(self._sequence, _VALUES.pack(*_flat_values(counters)))
+        snapshot = _Snapshot(self._sequence, _VALUES.pack(*flat_values(counters)))
         start = _HEADER.size + self._sequence % _NUM_SLOTS * _SLOT_SIZE
         # A slice, because struct.pack_into fills its target with zeros first.
         self._map[start : start + _SLOT_SIZE] = snapshot.pack()
@@ -353,7 +353,4 @@ def register_collector(path: Path) -> None:
 
         _collector = MetricsCollector()
         REGISTRY.register(_collector)
-        if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
-            # vLLM then serves a registry that knows nothing but prometheus_client's own files.
-            logger.info("heterospec: /metrics lacks the plugin's own metrics (several API servers)")
     _collector.add(path)

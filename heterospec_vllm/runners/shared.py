@@ -25,6 +25,7 @@ from heterospec_vllm.fallback import Request, fallback_reason, most_nodes
 from heterospec_vllm.marginal import make_policy
 from heterospec_vllm.metrics import StepCounters
 from heterospec_vllm.metrics_file import open_metrics_file
+from heterospec_vllm.metrics_multiprocess import open_multiprocess_metrics
 from heterospec_vllm.policies import DraftPolicy, PlainPolicy
 from heterospec_vllm.policy import TreeShape
 from heterospec_vllm.profile import load_profile, machine_name
@@ -62,7 +63,11 @@ class SpeculatingRunner:
         self._logged_reasons: set[str] = set()
         self._step = Step({})
         path = metrics_file_of(vllm_config)
-        self._metrics_file = open_metrics_file(path) if path is not None else None
+        opened = (
+            open_metrics_file(path) if path is not None else None,
+            open_multiprocess_metrics(),
+        )
+        self._metrics = [metrics for metrics in opened if metrics is not None]
 
     def _draws_trees(self) -> bool:
         """Whether attention over trees works here; without it chains are drafted."""
@@ -168,8 +173,8 @@ class SpeculatingRunner:
         return Step(verified, scheduler_output.total_num_scheduled_tokens), scheduler_output
 
     def _publish(self) -> None:
-        if self._metrics_file is not None:
-            self._metrics_file.publish(self.counters)
+        for metrics in self._metrics:
+            metrics.publish(self.counters)
 
     # ---- who is drafted for
 
