@@ -103,8 +103,8 @@ class SpeculatingRunner:
         """The profile's tables where it was made on this machine in this dtype, else a measurement of a few seconds."""
         if self._costs is None:
             profile = self._profile
-            dtype = str(self.model_config.dtype).removeprefix("torch.")
-            if profile is not None and profile.has_costs_of(machine_name(), dtype):
+            machine, dtype = machine_name(), str(self.model_config.dtype).removeprefix("torch.")
+            if profile is not None and profile.has_costs_of(machine, dtype):
                 self._costs = StepCosts.from_dict(profile.costs.model_dump())
             else:
                 if profile is not None:
@@ -113,7 +113,7 @@ class SpeculatingRunner:
                         "and survivals are used, costs are measured anew.",
                         profile.machine,
                         profile.dtype or "an unknown dtype",
-                        machine_name(),
+                        machine,
                         dtype,
                     )
                 self._costs = measure_costs(self, self._drafter)

@@ -68,14 +68,6 @@ HETEROSPEC_INLINE Twice<V> operator*(Twice<V> a, Twice<V> b) {
   return {a.low * b.low, a.high * b.high};
 }
 template <typename V>
-HETEROSPEC_INLINE Twice<V> operator/(Twice<V> a, Twice<V> b) {
-  return {a.low / b.low, a.high / b.high};
-}
-template <typename V>
-HETEROSPEC_INLINE Twice<V> operator+(Twice<V> a, float b) {
-  return {a.low + b, a.high + b};
-}
-template <typename V>
 HETEROSPEC_INLINE Twice<V> operator-(Twice<V> a, float b) {
   return {a.low - b, a.high - b};
 }
@@ -259,25 +251,12 @@ HETEROSPEC_INLINE float reduce_add(V v) {
   } else {
 #if defined(HETEROSPEC_AVX512)
     return _mm512_reduce_add_ps((__m512)v);
+#elif defined(HETEROSPEC_AVX2)
+    const vf4 half = (vf4)_mm256_castps256_ps128((__m256)v) + (vf4)_mm256_extractf128_ps((__m256)v, 1);
+    return (half[0] + half[2]) + (half[1] + half[3]);
 #else
-#if defined(HETEROSPEC_AVX2)
-    const vf4 part = (vf4)_mm256_castps256_ps128((__m256)v) + (vf4)_mm256_extractf128_ps((__m256)v, 1);
-#else
-    const vf4 part = v;
+    return (v[0] + v[2]) + (v[1] + v[3]);
 #endif
-    return (part[0] + part[2]) + (part[1] + part[3]);
-#endif
-  }
-}
-
-// sum += a . b, lanes folded into one register.
-template <typename V>
-HETEROSPEC_INLINE void add_products(vf& sum, V a, V b) {
-  if constexpr (kIsTwice<V>) {
-    add_products(sum, a.low, b.low);
-    add_products(sum, a.high, b.high);
-  } else {
-    sum += a * b;
   }
 }
 
