@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-# `make help` lists the targets. PYTHON names the Python 3.11 that creates .venv.
+# `make help` lists the targets. PYTHON names the Python 3.11 that creates .venv, WORKERS is how many
+# processes share `make test` (an engine in each takes up to 3 GB).
 PYTHON ?= python3.11
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -34,7 +36,7 @@ serve: install ## leave the server up and print its URL
 	$(BIN)/heterospec demo --serve
 
 test: install ## unit and small-engine tests
-	$(BIN)/python -m pytest -m 'not full and not gpu'
+	$(BIN)/python -m pytest -m 'not full and not gpu' -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-full: install ## everything that runs without a GPU; hours
 	$(BIN)/python -m pytest -m 'not gpu'
