@@ -20,7 +20,7 @@ from heterospec_vllm.policies import DraftPolicy
 from heterospec_vllm.timing import CLOCK
 from heterospec_vllm.tree import Floats, Ints
 from heterospec_vllm.tree_drafter import Frontier, HeadContext, TreeDrafter
-from heterospec_vllm.true_tokens import TrueTokens
+from heterospec_vllm.true_tokens import TrueTokens, slots_of, split_last
 
 
 class HeteroSpecProposer(TreeDrafter, EagleProposer):
@@ -61,10 +61,13 @@ class HeteroSpecProposer(TreeDrafter, EagleProposer):
         return self._fused if num_rows <= MAX_ROWS else None
 
     def _first_pass_of(self, tokens: TrueTokens) -> HeadContext:
-        fused = self._fused_for(len(tokens.token_ids))
-        # The kernel looks back at pages at least; the start of a prompt has none.
-        if fused is not None and int(tokens.positions.min()) > 0:
-            return self._fused_first_pass(fused, tokens)
+        fused = self._fused_for(tokens.num_tokens.size)
+        if fused is not None:
+            if len(tokens.token_ids) > MAX_ROWS or not tokens.positions.all():
+                tokens = self._all_but_last_read(fused, tokens)
+            # The kernel looks back at pages at least; a prompt of one token has none.
+            if tokens.positions.all():
+                return self._fused_first_pass(fused, tokens)
         num_tokens, last_rows, cad = self.set_inputs_first_pass(
             target_token_ids=tokens.token_ids,
             next_token_ids=tokens.next_token_ids,
@@ -85,6 +88,19 @@ class HeteroSpecProposer(TreeDrafter, EagleProposer):
             hidden=hidden[last],
             positions=self.positions[last],
         )
+
+    def _all_but_last_read(self, fused: FusedHead, tokens: TrueTokens) -> TrueTokens:
+        """Each request's last token, the keys and values of those before it in the pages."""
+        earlier, last = split_last(tokens)
+        if earlier.numel():
+            with CLOCK.span("head keys"):
+                fused.store_keys(
+                    token_ids=tokens.token_ids[earlier + 1],
+                    positions=tokens.positions[earlier],
+                    hidden=self._fuse_taps(tokens.features[earlier]),
+                    slots=slots_of(tokens, self.block_size)[earlier],
+                )
+        return last
 
     def _fused_first_pass(self, fused: FusedHead, tokens: TrueTokens) -> HeadContext:
         """As a level that is a chain, whose keys and values go into the pages, too."""

@@ -2,8 +2,10 @@
 """The draft head in two C++ calls a level where it is the usual one: a single Llama layer on CPU.
 
 vLLM runs the head as one of its models: metadata, a compiled graph and ten small matrix products with their own
-overhead, for a few rows. Everything else (other architectures, quantized or larger batches, no compiler) goes through
-vLLM's model; the two differ in rounding only, which changes drafts but never an answer.
+overhead, for a few rows. And it computes every row whole, though of a prompt's tokens only the last one's output is
+looked at: of the others, one layer needs keys and values, a quarter of the work. Everything else (other architectures,
+quantized weights, larger batches, no compiler) goes through vLLM's model; the two differ in rounding only, which
+changes drafts but never an answer.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 from vllm.logger import init_logger
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
@@ -65,6 +68,18 @@ class FusedHead:
         """`head_layer_cpu` with this head's weights and pages: (normed output, output)."""
         keys, values = self._attention.impl.key_value_pages(self._attention.kv_cache)
         return head_layer_cpu(self._weights, key_cache=keys, value_cache=values, **rows)
+
+    def store_keys(
+        self,
+        token_ids: torch.Tensor,  # [num_tokens]
+        positions: torch.Tensor,  # [num_tokens]
+        hidden: torch.Tensor,  # [num_tokens, hidden_size]
+        slots: torch.Tensor,  # [num_tokens] int64
+    ) -> None:
+        """Puts the keys and values of any number of tokens into the pages and computes nothing else of them."""
+        attention = self._attention
+        keys, values = keys_and_values(self._weights, token_ids, positions, hidden)
+        attention.impl.do_kv_cache_update(attention, keys, values, attention.kv_cache, slots)
 
     def top_tokens(self, normed: torch.Tensor, top_k: int) -> tuple[Ints, Floats]:
         """[num_rows, top_k] each: the likeliest next tokens (target ids) and their log-probabilities."""
@@ -128,6 +143,27 @@ def _norms(model: Any) -> tuple[Any, ...]:
         layer.post_attention_layernorm,
         model.model.norm,
     )
+
+
+def keys_and_values(
+    weights: HeadLayerWeights,
+    token_ids: torch.Tensor,  # [num_tokens]
+    positions: torch.Tensor,  # [num_tokens]
+    hidden: torch.Tensor,  # [num_tokens, hidden_size]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[num_tokens, num_kv_heads, head_size] each: what the layer's attention would store of these tokens."""
+    w, shape = weights, hidden.shape[1:]
+    embedded = F.rms_norm(w.embedding[token_ids], shape, w.embed_norm, w.epsilon)
+    normed = F.rms_norm(hidden, shape, w.hidden_norm, w.epsilon)
+    of_keys = w.qkv[w.num_heads * w.head_size :]
+    heads = F.linear(torch.cat([embedded, normed], dim=-1), of_keys)
+    keys, values = heads.unflatten(1, (2, w.num_kv_heads, w.head_size)).unbind(1)
+    cosines, sines = w.cos_sin[positions, None].chunk(2, dim=-1)
+    x, y, rest = keys.float().split(
+        (cosines.shape[-1], cosines.shape[-1], w.head_size - 2 * cosines.shape[-1]), dim=-1
+    )
+    rotated = torch.cat([x * cosines - y * sines, y * cosines + x * sines, rest], dim=-1)
+    return rotated.to(keys.dtype), values
 
 
 def _layer_weights(model: Any) -> HeadLayerWeights:

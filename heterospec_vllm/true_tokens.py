@@ -61,6 +61,20 @@ def requests_of(tokens: TrueTokens, part: slice) -> TrueTokens:
     )
 
 
+def split_last(tokens: TrueTokens) -> tuple[torch.Tensor, TrueTokens]:
+    """([num_earlier] int64 the places of all but each request's last token, those last tokens)."""
+    last = torch.from_numpy(np.cumsum(tokens.num_tokens) - 1)
+    earlier = torch.ones(len(tokens.token_ids), dtype=torch.bool)
+    earlier[last] = False
+    return earlier.nonzero()[:, 0], replace(
+        tokens,
+        token_ids=tokens.token_ids[last],
+        positions=tokens.positions[last],
+        features=tokens.features[last],
+        num_tokens=np.ones_like(tokens.num_tokens),
+    )
+
+
 def without_start(tokens: TrueTokens, req: int, count: int) -> TrueTokens:
     """The tokens without the first ``count`` of one request."""
     first = int(tokens.num_tokens[:req].sum())

@@ -11,6 +11,7 @@ pytestmark = pytest.mark.engine
 
 STATIC = {"policy": "static", "num_speculative_tokens": 12, "max_depth": 4, "top_k": 4}
 BATCHES = {"all": None, "one at a time": 1}
+PROMPTS = [*MANY, [3]]  # nothing comes before the only token of the last
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +20,7 @@ def runs(models, tmp_path_factory) -> dict[str, Any]:  # noqa: F811
     job = [
         {
             "name": f"{name}, {'fused' if fused else 'vllm'}",
-            "prompts": MANY,
+            "prompts": PROMPTS,
             "sampling": GREEDY,
             "batch": batch,
             "policy": STATIC,

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from heterospec_vllm.catch_up import SKIPPED_TOO_LONG, UNSEEN_PREFIX, HeadProgress
-from heterospec_vllm.true_tokens import TrueTokens
+from heterospec_vllm.true_tokens import TrueTokens, split_last
 
 BLOCK = 4
 WIDTH = 3  # of the tap states
@@ -337,3 +337,14 @@ def test_the_head_never_sees_a_gap(seed: int, most_tokens: int | None) -> None:
     for name in world.texts:
         world.progress.remove(name)
     assert is_empty(world.progress)
+
+
+def test_each_requests_last_token_is_split_off() -> None:
+    step = step_of({"r1": (4, 3, [1, 2]), "r2": (0, 1, [3]), "r3": (7, 2, [5, 6, 7])})
+    earlier, last = split_last(step)
+    assert earlier.tolist() == [0, 1, 4]
+    assert last.token_ids.tolist() == [1006, 2000, 3008]
+    assert last.positions.tolist() == [6, 0, 8] and last.num_tokens.tolist() == [1, 1, 1]
+    assert last.features[:, 0].tolist() == [1006, 2000, 3008]
+    assert last.next_token_ids is step.next_token_ids and last.block_table is step.block_table
+    assert not split_last(last)[0].numel()

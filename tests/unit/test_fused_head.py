@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from heterospec_vllm import fused_head
+from heterospec_vllm.kernels import reference
+from heterospec_vllm.kernels.head_layer_cpu import HeadLayerWeights
 
 HIDDEN = 64
 
@@ -36,3 +38,50 @@ def test_a_packed_weight_is_read_back_exactly(dtype: torch.dtype) -> None:
     linear = SimpleNamespace(quant_method=Packed())
     got = fused_head._weight_of(linear, HIDDEN, dtype)
     assert got.is_contiguous() and torch.equal(got, weight)
+
+
+# The products are float32 sums in another order than float64 ones; bfloat16 is rounded after every norm, too.
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2**-5)], ids=str
+)
+@pytest.mark.parametrize("rotary", [8, 16])
+def test_keys_and_values_are_the_layers(dtype: torch.dtype, tolerance: float, rotary: int) -> None:
+    torch.manual_seed(0)
+    num_tokens, heads, kv_heads, dim = 33, 4, 2, 16
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return (torch.randn(*shape) / shape[-1] ** 0.5).to(dtype)
+
+    angles = torch.arange(60)[:, None] * 100.0 ** -torch.linspace(0, 1, rotary // 2)
+    weights = HeadLayerWeights(
+        embedding=torch.randn(50, HIDDEN).to(dtype),
+        embed_norm=1 + drawn(HIDDEN),
+        hidden_norm=1 + drawn(HIDDEN),
+        qkv=drawn((heads + 2 * kv_heads) * dim, 2 * HIDDEN),
+        attention_output=drawn(HIDDEN, heads * dim),
+        post_norm=1 + drawn(HIDDEN),
+        gate_up=drawn(64, HIDDEN),
+        down=drawn(HIDDEN, 32),
+        final_norm=1 + drawn(HIDDEN),
+        cos_sin=torch.cat([angles.cos(), angles.sin()], dim=-1),
+        head_size=dim,
+        epsilon=1e-5,
+        scale=dim**-0.5,
+        norm_before_residual=False,
+        norm_output=False,
+    )
+    token_ids = torch.randint(0, 50, (num_tokens,))
+    positions = torch.randperm(60)[:num_tokens]
+    hidden = torch.randn(num_tokens, HIDDEN).to(dtype)
+    pages = torch.zeros(1, kv_heads, 16, dim, dtype=dtype)
+    stored = torch.zeros(2, num_tokens, kv_heads, dim, dtype=dtype)
+    reference.head_layer(
+        weights, token_ids, positions, hidden, pages, pages,
+        query_start_loc=torch.arange(num_tokens + 1, dtype=torch.int32),
+        context_lens=torch.ones(num_tokens, dtype=torch.int32),
+        block_table=torch.zeros(num_tokens, 1, dtype=torch.int32),
+        scratch_key=stored[0], scratch_value=stored[1], first_row=0,
+        tail_index=torch.arange(num_tokens, dtype=torch.int32)[:, None],
+    )  # fmt: skip
+    got = fused_head.keys_and_values(weights, token_ids, positions, hidden)
+    torch.testing.assert_close(torch.stack(got), stored, rtol=tolerance, atol=tolerance)
