@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 
-from heterospec_vllm.prompts import text_of
+from heterospec_vllm.prompts import chat_token_ids, text_of
 
 SEQUENCES = "sequences.jsonl"
 FEATURES = "features.bin"
@@ -181,15 +181,10 @@ def make_jobs(
         # A kind twice as large is asked 1.4 times as often: rare kinds are heard early.
         order += [((i + rng.random()) / len(lines) ** 0.5, line) for i, line in enumerate(lines)]
     for _, line in sorted(order, key=lambda item: item[0]):
-        ids = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text_of(line)}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-        )
+        (ids,) = chat_token_ids(tokenizer, [text_of(line)], max_prompt_tokens + 1)
         temperature = 0.0 if rng.random() < greedy_share else 0.9
         if len(ids) <= max_prompt_tokens:
-            jobs.append(Job(line["id"], list(ids), None, temperature))
+            jobs.append(Job(line["id"], ids, None, temperature))
     return jobs
 
 

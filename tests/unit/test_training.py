@@ -363,8 +363,10 @@ def test_draft_vocabulary_takes_frequent_and_special_tokens():
 
 def test_jobs_take_known_answers_first_and_name_a_bad_prompt(tmp_path):
     class Tokenizer:
-        def apply_chat_template(self, messages, **_):
-            return [len(messages[0]["content"])] * len(messages[0]["content"])
+        chat_template = None  # a base model
+
+        def encode(self, text):
+            return [len(text)] * len(text)
 
     prompts, answers = tmp_path / "p.jsonl", tmp_path / "a.jsonl"
     lines = [{"id": "a", "prompt": "aa"}, {"id": "b", "turns": ["bbb", "x"]}]
