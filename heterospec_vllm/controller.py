@@ -205,7 +205,8 @@ class Controller:
         limits = np.where(follow, limits, 0)
         self._context = _context_of(tokens)
         # Requests whose prompts are still read will decode, too: a burst is judged by all of them.
-        scope = self.policy.scope(len(req_ids), self._context)
+        with CLOCK.span("policy"):
+            scope = self.policy.scope(len(req_ids), self._context)
         feed = self._feed(scope, req_ids, follow, limits)
         fed = self.progress.advance(req_ids, tokens, feed, follow)
         caught_up = 0

@@ -113,11 +113,13 @@ class HeteroSpecProposer(TreeDrafter, EagleProposer):
         token_ids = tokens.token_ids.roll(-1).long()
         token_ids[last] = tokens.next_token_ids.long()
         self._begin_levels(MAX_ROWS)
+        with CLOCK.span("head forward"):
+            features = fused.fuse_taps(tokens.features)
         normed, hidden = self._fused_forward(
             fused,
             token_ids=token_ids,
             positions=positions,
-            hidden=fused.fuse_taps(tokens.features),
+            hidden=features,
             query_start_loc=torch.from_numpy(start),
             context_lens=torch.from_numpy(context_lens),
             block_table=tokens.block_table,

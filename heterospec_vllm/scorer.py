@@ -17,6 +17,7 @@ from heterospec_vllm.kernels import reference
 from heterospec_vllm.kernels.argmax_rows_cpu import argmax_rows_cpu
 from heterospec_vllm.kernels.kv_compact_cpu import kv_compact_cpu
 from heterospec_vllm.kernels.tree_attention_cpu import is_available
+from heterospec_vllm.timing import CLOCK
 from heterospec_vllm.tree import DraftTrees, Ints
 from heterospec_vllm.verify import Walk, walk
 
@@ -36,7 +37,8 @@ class TreeScorer:
     ) -> SamplerOutput:
         """One token a request, no drafts: vLLM's sampler, or the same argmax without a float32 copy."""
         if not is_plain_greedy(sampling_metadata):
-            return self.sampler(logits=logits, sampling_metadata=sampling_metadata)
+            with CLOCK.span("sampling"):
+                return self.sampler(logits=logits, sampling_metadata=sampling_metadata)
         tokens = argmax_rows(logits, torch.arange(logits.shape[0]))
         return SamplerOutput(sampled_token_ids=tokens.int()[:, None], logprobs_tensors=None)
 
@@ -105,7 +107,8 @@ class TreeScorer:
             if not _rows_are_bound(metadata):
                 metadata = _subset(metadata, reqs)
                 at = at[reqs]
-        output = self.sampler(logits=logits[torch.from_numpy(at)], sampling_metadata=metadata)
+        with CLOCK.span("sampling"):
+            output = self.sampler(logits=logits[torch.from_numpy(at)], sampling_metadata=metadata)
         picked = slice(None) if at.size == reqs.size else reqs
         tokens = output.sampled_token_ids.view(-1).numpy().astype(np.int64)[picked]
         logprobs = output.logprobs_tensors
@@ -136,7 +139,8 @@ class TreeScorer:
 
 def argmax_rows(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """[num_rows] the token with the largest logit of each named row, as vLLM's greedy sampling picks it."""
-    return (argmax_rows_cpu if is_available() else reference.argmax_rows)(logits, rows)
+    with CLOCK.span("sampling"):
+        return (argmax_rows_cpu if is_available() else reference.argmax_rows)(logits, rows)
 
 
 class _SampledLevel:

@@ -188,7 +188,9 @@ class TreeDrafter:
             order = pool.order(self.num_speculative_tokens)
             survivals = pool.survivals[np.arange(order.shape[0])[:, None], order]
             seconds = time.perf_counter() - start
+        with CLOCK.span("policy"):
             num_nodes = policy.propose(batch, survivals, seconds)
+        with CLOCK.span("draft: cut the tree"):
             trees = DraftTrees.from_pool(pool, num_nodes, order)
         return Draft(pool, trees, len(levels) - 1, seconds)
 
@@ -270,7 +272,8 @@ class TreeDrafter:
             if depth == 1:
                 start = time.perf_counter()
             tokens, local = self._top_children(normed, top_k)
-            level_pool = children_of(policy, batch, depth, parent, rows, tokens, local)
+            with CLOCK.span("policy"):
+                level_pool = children_of(policy, batch, depth, parent, rows, tokens, local)
             pools.append(level_pool)
             seconds = time.perf_counter() - start
             if depth == 1:
@@ -286,8 +289,9 @@ class TreeDrafter:
             if depth >= policy.max_depth:
                 break
             start = time.perf_counter()
-            level = level_of(policy, depth, level_pool, parent, meta_entropies)
-            chosen = policy.expand(batch, level)
+            with CLOCK.span("policy"):
+                level = level_of(policy, depth, level_pool, parent, meta_entropies)
+                chosen = policy.expand(batch, level)
             frontier = self._frontier(chosen, level_pool, rows, hidden, tail, most)
             if not frontier.num_rows:
                 break

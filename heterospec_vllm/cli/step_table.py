@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from heterospec_vllm.cli.engine import in_process_llm
+from heterospec_vllm.cli.engine import EnforceEager, in_process_llm
 from heterospec_vllm.prompts import BUILT_IN, texts_of
 
 # (span, indent): vLLM's own share of execute_model and sample_tokens is what the inner spans leave.
@@ -25,15 +25,30 @@ ROWS = (
     ("tree attention", 2),
     ("sample_tokens", 0),
     ("walk", 1),
+    ("sampling", 2),
     ("compaction", 1),
     ("counters", 1),
-    ("draft: true tokens", 1),
-    ("draft: levels", 1),
-    ("head forward", 2),
-    ("head logits", 2),
-    ("head top-k", 2),
-    ("draft: cut the tree", 1),
+    ("learn", 1),
+    ("draft", 1),
+    ("draft: true tokens", 2),
+    ("draft: levels", 2),
+    ("draft: cut the tree", 2),
+    ("publish", 1),
 )
+# Parts that lie in several of those.
+ACROSS = ("head keys", "head forward", "head logits", "head top-k", "policy")
+# What speculation adds to a step, and what of it is the models' work.
+OURS = (
+    "match drafts",
+    "tree layout",
+    "walk",
+    "compaction",
+    "counters",
+    "learn",
+    "draft",
+    "publish",
+)
+MODELS = ("sampling", "head keys", "head forward", "head logits", "head top-k")
 
 
 def step_table(
@@ -52,11 +67,14 @@ def step_table(
     prompts: Annotated[
         Path | None, typer.Option(help="JSONL with `prompt` or `turns`; default: our own.")
     ] = None,
+    enforce_eager: EnforceEager = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Run the pair in this process (both cores, compilation on) and print one step's time by part.
 
-    Spans cost about a microsecond each; the run without them is timed too and printed beside it.
+    An indented part lies in the one above it; those below the line lie in several. "policy and bookkeeping" is all that
+    speculation adds to a step but the head's passes and sampling. Spans cost about a microsecond each; the run without
+    them is timed too and printed beside it.
     """
     try:
         known = texts_of(prompts) if prompts else BUILT_IN
@@ -75,6 +93,7 @@ def step_table(
         dtype=dtype,
         max_model_len=max_model_len,
         max_num_seqs=max(batch, 2),
+        enforce_eager=enforce_eager,
     )
     _generate(llm, texts, 16)
     bare = _generate(llm, texts, tokens)
@@ -121,8 +140,14 @@ def _result(
         "tokens_per_second_with_spans": timed["tokens"] / timed["seconds"],
         "tokens_per_step": timed["tokens"] / steps,
         "spans_ms_per_step": measured,
+        "bookkeeping_ms_per_step": bookkeeping(measured),
         "counters": counters,
     }
+
+
+def bookkeeping(spans: dict[str, float]) -> float:
+    """What speculation adds to a step without the models' own work, in the spans' unit."""
+    return sum(spans.get(name, 0.0) for name in OURS) - sum(spans.get(name, 0.0) for name in MODELS)
 
 
 def _print(result: dict[str, Any]) -> None:
@@ -142,6 +167,13 @@ def _print(result: dict[str, Any]) -> None:
         "scheduler, detokenizer, the rest of vLLM", f"{rest:.3f}", f"{100 * rest / total:.1f} %"
     )
     table.add_row("whole step", f"{total:.3f}", "100 %", end_section=True)
+    for name in ACROSS:
+        if name in spans:
+            table.add_row(
+                f"{name}, in all", f"{spans[name]:.3f}", f"{100 * spans[name] / total:.1f} %"
+            )
+    ours = result["bookkeeping_ms_per_step"]
+    table.add_row("policy and bookkeeping", f"{ours:.3f}", f"{100 * ours / total:.1f} %")
     console = Console()
     console.print(table)
     console.print(

@@ -31,6 +31,7 @@ from heterospec_vllm.policy import TreeShape
 from heterospec_vllm.profile import load_profile, machine_name
 from heterospec_vllm.runners.measure import measure_costs
 from heterospec_vllm.runners.step import Step, with_drafts
+from heterospec_vllm.timing import CLOCK
 from heterospec_vllm.trace import CostRecorder, TracePolicy, TraceRecorder
 from heterospec_vllm.tree import Ints
 from heterospec_vllm.tree_drafter import TreeDrafter
@@ -173,8 +174,9 @@ class SpeculatingRunner:
         return Step(verified, scheduler_output.total_num_scheduled_tokens), scheduler_output
 
     def _publish(self) -> None:
-        for metrics in self._metrics:
-            metrics.publish(self.counters)
+        with CLOCK.span("publish"):
+            for metrics in self._metrics:
+                metrics.publish(self.counters)
 
     # ---- who is drafted for
 

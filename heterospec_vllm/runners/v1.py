@@ -70,8 +70,8 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
     def sample_tokens(self, grammar_output):
         with CLOCK.span("sample_tokens"):
             output = super().sample_tokens(grammar_output)
-        self._publish()
-        return output
+            self._publish()
+            return output
 
     def _model_forward(self, *args, **kwargs):
         with CLOCK.span("target forward"):
@@ -158,7 +158,8 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
         metadata = self._without_discarded_generators()
         if step.trees is None:
             assert logits is not None
-            return self.scorer.sample_plain(logits, metadata)
+            with CLOCK.span("walk"):
+                return self.scorer.sample_plain(logits, metadata)
         assert step.root_rows is not None and logits is not None
         with CLOCK.span("walk"):
             step.walked, output = self.scorer.walk(step.trees, logits, metadata)
@@ -236,17 +237,17 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
         common_attn_metadata,
         slot_mappings,
     ) -> list[list[int]]:
-        req_ids = self.input_batch.req_ids
-        limits = self._max_nodes(
-            req_ids,
-            map(len, sampled_token_ids),
-            [len(self.requests[req_id].output_token_ids) for req_id in req_ids],
-        )
-        followed = np.array([self._reason(req_id) is None for req_id in req_ids])
-        tokens = self._true_tokens(
-            scheduler_output, sampled_token_ids, aux_hidden_states, common_attn_metadata
-        )
         with CLOCK.span("draft"):
+            req_ids = self.input_batch.req_ids
+            limits = self._max_nodes(
+                req_ids,
+                map(len, sampled_token_ids),
+                [len(self.requests[req_id].output_token_ids) for req_id in req_ids],
+            )
+            followed = np.array([self._reason(req_id) is None for req_id in req_ids])
+            tokens = self._true_tokens(
+                scheduler_output, sampled_token_ids, aux_hidden_states, common_attn_metadata
+            )
             return self.controller.draft(
                 req_ids,
                 tokens,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`heterospec calibrate`, `simulate` and `explain` on the demo model, each as a user calls it."""
+"""`heterospec calibrate`, `simulate`, `explain` and `step-table` on the demo model, each as a user calls it."""
 
 import json
 import os
@@ -93,3 +93,24 @@ def test_explain_draws_accepted_and_rejected_nodes(target: str, tmp_path: Path) 
 def test_the_shipped_profile_fits_the_shipped_pair(target: str) -> None:
     head = str(Path(sys.modules["heterospec_vllm"].__file__ or "").parent / "assets" / "head")
     assert shipped_profile(target, head) is not None
+
+
+def test_a_steps_parts_are_within_the_step(target: str) -> None:
+    out = _heterospec(
+        "step-table", "--target", target, "--head", HEAD, "--tokens", "12", "--enforce-eager",
+        "--max-model-len", "512", "--json",
+    )  # fmt: skip
+    result = json.loads(out.splitlines()[-1])
+    spans, whole = result["spans_ms_per_step"], result["ms_per_step"]
+    for inner, outer in [
+        ("target forward", "execute_model"),
+        ("tree attention", "target forward"),
+        ("sampling", "walk"),
+        ("walk", "sample_tokens"),
+        ("draft: levels", "draft"),
+        ("policy", "draft"),
+        ("draft", "sample_tokens"),
+    ]:
+        assert 0 < spans[inner] < spans[outer] < whole, (inner, outer, spans)
+    assert 0 < result["bookkeeping_ms_per_step"] < whole
+    assert result["bookkeeping_ms_per_step"] > spans["learn"] + spans["policy"]
