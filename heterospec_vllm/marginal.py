@@ -225,6 +225,14 @@ class MarginalPolicy(DraftPolicy):
         curve += rate * (mean - curve)
 
 
+def _paper_edges(profile: Profile | None, depth: int) -> tuple[float, ...]:
+    """Cut points for meta-paths of ``depth`` tokens: entropies add up, so those of another depth do not serve."""
+    if profile is not None and profile.paper_depth == depth:
+        return tuple(profile.paper_edges)
+    strata = DEFAULT_STRATA if profile is None else profile.strata
+    return tuple(strata.cuts(depth).tolist())
+
+
 def make_policy(
     config: HeteroSpecConfig,
     limit: int,  # most draft nodes of a request that vLLM makes room for
@@ -239,12 +247,9 @@ def make_policy(
     if name == "plain":
         return PlainPolicy(shape)
     if name == "paper":
-        edges = DEFAULT_STRATA.edges[min(shape.max_depth, len(DEFAULT_STRATA.edges)) - 1]
-        if profile is not None:
-            edges = tuple(profile.paper_edges)
         return PaperPolicy(
             shape,
-            edges,
+            _paper_edges(profile, shape.max_depth),
             max_nodes=limit,
             first_index=config.paper_first_index,
             reading=config.meta_path,
