@@ -91,7 +91,7 @@ class Controller:
         now = time.perf_counter()
         self._clock.step = self._clock.forward = now
         self._index = {}
-        self._num_verified = 0
+        self._num_verified = self.counters.budget = 0
         matched: list[tuple[str, _Place, int]] = []
         for req_id, token_ids in scheduled.items():
             place = self._places.get(req_id)
@@ -199,6 +199,7 @@ class Controller:
         for req_id in req_ids:
             self._places.pop(req_id, None)
         start = time.perf_counter()
+        self.counters.price_of_time = 0.0
         self.progress.follow(req_ids, tokens)
         lost = np.array([self.progress.lost(req_id) is not None for req_id in req_ids])
         follow = (followed > 0) & ~lost

@@ -53,8 +53,8 @@ class StepCounters:
         default_factory=lambda: dict.fromkeys(STEP_PARTS, 0.0)
     )
     seconds_off: float = 0.0  # of steps with requests in which speculation was switched off
-    budget: int = 0  # gauge: nodes that the last step allowed
-    price_of_time: float = 0.0  # gauge: tokens per second that one second is worth
+    budget: int = 0  # gauge: nodes that the last step verified
+    price_of_time: float = 0.0  # gauge: tokens that a second was worth in the last draft
 
     def record_walk(self, trees: DraftTrees, walked: Walk, num_moves: int) -> None:
         by_stratum, by_depth, others, num_trees, branches = tree_loops.tally(

@@ -156,8 +156,16 @@ METRICS = (
         "seconds_off",
         "Seconds of steps with requests in which speculation was switched off.",
     ),
-    _gauge("budget_nodes", "budget", "Draft nodes that the last step allowed."),
-    _gauge("price_of_time", "price_of_time", "Tokens per second that one second is worth now."),
+    _gauge(
+        "budget_nodes",
+        "budget",
+        "Draft nodes that the last step verified, all requests together; 0 in a plain step.",
+    ),
+    _gauge(
+        "price_of_time",
+        "price_of_time",
+        "Tokens that a second was worth when the last drafts were chosen (`marginal`); 0 where nothing was drafted.",
+    ),
     _gauge("max_verified_depth", "max_verified_depth", "Deepest draft verified so far."),
     _gauge("max_accepted_depth", "max_accepted_depth", "Deepest draft node accepted so far."),
 )
