@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from heterospec_vllm.cli.engine import EnforceEager, in_process_llm
+from heterospec_vllm.cli.engine import EnforceEager, HeadOption, TargetOption, in_process_llm
+from heterospec_vllm.cli.files import check_output
 from heterospec_vllm.cli.sizes import sizes_of
 from heterospec_vllm.prompts import BUILT_IN, chat_token_ids, texts_of
 
@@ -27,8 +28,8 @@ MOST_TOKENS = 600  # of a timed step
 
 
 def calibrate(
-    target: Annotated[str, typer.Option(help="Target model: folder or hub id.")],
-    head: Annotated[str, typer.Option(help="EAGLE-3 head: folder or hub id.")],
+    target: TargetOption,
+    head: HeadOption,
     output: Annotated[Path, typer.Option(help="The profile is written here (JSON).")] = Path(
         "profile.json"
     ),
@@ -41,7 +42,12 @@ def calibrate(
     ] = None,
     tokens: Annotated[int, typer.Option(min=8, help="Tokens of an answer.")] = 96,
     batch: Annotated[int, typer.Option(min=1, help="Requests traced together.")] = 8,
-    depth: Annotated[int, typer.Option(min=1, max=16, help="Levels recorded.")] = 6,
+    depth: Annotated[
+        int,
+        typer.Option(
+            min=1, max=16, help="Levels recorded, and the depth for which `paper` gets its strata."
+        ),
+    ] = 6,
     top_k: Annotated[int, typer.Option(min=2, max=16, help="Children and beam recorded.")] = 8,
     paper_nodes: Annotated[
         int, typer.Option(min=2, help="Kept nodes among which the paper's regression ranks.")
@@ -68,7 +74,13 @@ def calibrate(
     target's answers are plain decoding's. Strata and survivals are fitted on four requests in five
     and checked on the fifth; costs are timed over batch sizes and trees on the running engine.
     Use the profile with `"profile": "profile.json"` in the speculative config.
+
+    Example: `heterospec calibrate --target DIR --head builtin:smollm2-135m --prompts mine.jsonl --output profile.json`
     """
+    picture = picture or output.with_suffix(".png")
+    check_output(output, "--output")
+    check_output(picture, "--picture", ".png")
+    check_output(trace, "--trace", ".npz")
     _require_libraries()
     console = Console()
     try:
@@ -107,7 +119,6 @@ def calibrate(
         raise typer.BadParameter(str(error)) from error
     costs = calibration.fit_costs(samples)
     _save(output, target, head, fit, costs, dtype, depth, len(texts))
-    picture = picture or output.with_suffix(".png")
     calibration.draw_reliability(fit.held_out, fit.survivals, picture)
     _print(console, fit, costs)
     console.print(f"profile: {output}   reliability diagram: {picture}")

@@ -8,6 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
+TargetOption = Annotated[str, typer.Option("--target", help="Target model: folder or hub id.")]
+HeadOption = Annotated[
+    str,
+    typer.Option(
+        "--head",
+        help="EAGLE-3 head: folder or hub id, or builtin:smollm2-135m, which is the demo model's.",
+    ),
+]
 EnforceEager = Annotated[
     bool,
     typer.Option(
@@ -45,5 +53,5 @@ def in_process_llm(
             enforce_eager=enforce_eager,
             speculative_config={"method": "heterospec", **speculative_config},
         )
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: transformers found no such folder or id
         raise typer.BadParameter(str(error)) from error

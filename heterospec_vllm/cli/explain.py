@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,8 +14,11 @@ from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
 
-from heterospec_vllm.cli.engine import EnforceEager, in_process_llm
+from heterospec_vllm.cli.engine import EnforceEager, HeadOption, TargetOption, in_process_llm
+from heterospec_vllm.cli.files import check_output
+from heterospec_vllm.prompts import chat_token_ids
 
+MAX_MODEL_LEN = 2048
 STYLES = {
     "accepted": "bold green",
     "rejected": "red",
@@ -23,19 +28,32 @@ STYLES = {
 
 def explain(
     prompt: Annotated[str, typer.Argument(help="What to ask.")],
-    target: Annotated[str, typer.Option(help="Target model: folder or hub id.")],
-    head: Annotated[str, typer.Option(help="EAGLE-3 head: folder or hub id.")],
+    target: TargetOption,
+    head: HeadOption,
     policy: Annotated[str, typer.Option(help="chain, static, paper or marginal.")] = "marginal",
-    profile: Annotated[Path | None, typer.Option(help="Calibration profile.")] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            help="Calibration profile. [default: one that comes with us and fits, if any]"
+        ),
+    ] = None,
     nodes: Annotated[int, typer.Option(help="num_speculative_tokens, 1..63.")] = 16,
     depth: Annotated[int, typer.Option(help="max_depth, 1..16.")] = 6,
     top_k: Annotated[int, typer.Option(help="top_k, 1..16.")] = 8,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the answer.")] = 32,
+    tokens: Annotated[int, typer.Option(min=1, max=1024, help="Tokens of the answer.")] = 32,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     warm_up: Annotated[
-        int, typer.Option(min=0, help="Tokens decoded first, so that costs have been learned.")
+        int,
+        typer.Option(
+            min=0, max=1024, help="Tokens decoded first, so that costs have been learned."
+        ),
     ] = 64,
-    svg: Annotated[Path | None, typer.Option(help="Write the drawing here, too.")] = None,
+    svg: Annotated[
+        Path | None, typer.Option(help="Write what the terminal shows here, too (.svg).")
+    ] = None,
+    png: Annotated[
+        Path | None, typer.Option(help="Draw the trees of the first steps here (.png).")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     enforce_eager: EnforceEager = False,
 ) -> None:
@@ -44,7 +62,19 @@ def explain(
     A node shows its token, its survival S (the calibrated chance of being accepted), the entropy
     along its path in nats and its stratum. Green: accepted. Red: verified and rejected. Dim: drafted
     and not verified, because S was below what a node costs now, or cut by the node limit.
+
+    Example: `heterospec explain "Why is the sky blue?" --target DIR --head builtin:smollm2-135m --png steps.png`
+    (the demo model's DIR is what `heterospec demo-model` prints).
     """
+    check_output(svg, "--svg", ".svg")
+    check_output(png, "--png", ".png")
+    if png is not None and find_spec("matplotlib") is None:
+        raise typer.BadParameter(
+            "found no library matplotlib, allowed: an installation with the extra `calibrate` "
+            "(pip install 'heterospec-vllm[calibrate]')",
+            param_hint="--png",
+        )
+    from heterospec_vllm.step_picture import draw_steps
     from heterospec_vllm.steps import read_steps
 
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -62,19 +92,20 @@ def explain(
         target,
         config,
         dtype=dtype,
-        max_model_len=2048,
+        max_model_len=MAX_MODEL_LEN,
         max_num_seqs=2,
         kv_cache_gib=1,
         enforce_eager=enforce_eager,
     )
-    message = [{"role": "user", "content": prompt}]
+    tokenizer = llm.get_tokenizer()
+    (ids,) = chat_token_ids(tokenizer, [prompt], MAX_MODEL_LEN - max(tokens, warm_up))
+    message = {"prompt_token_ids": ids}
     if warm_up:
-        llm.chat(message, SamplingParams(temperature=0.0, max_tokens=warm_up), use_tqdm=False)
+        llm.generate(message, SamplingParams(temperature=0.0, max_tokens=warm_up), use_tqdm=False)
     llm.collective_rpc("heterospec_steps", args=(True,))
     params = SamplingParams(temperature=temperature, max_tokens=tokens, seed=0)
-    output = llm.chat(message, params, use_tqdm=False)[0].outputs[0]
+    output = llm.generate(message, params, use_tqdm=False)[0].outputs[0]
     steps = read_steps(llm.collective_rpc("heterospec_steps", args=(False,))[0])
-    tokenizer = llm.get_tokenizer()
     console = Console(record=svg is not None)
     for number, step in enumerate(steps, 1):
         console.print(draw(step, tokenizer, number))
@@ -86,6 +117,8 @@ def explain(
     console.print(Text(output.text.strip(), style="italic"))
     if svg is not None:
         console.save_svg(str(svg), title=f"heterospec explain, policy {policy}")
+    if png is not None:
+        draw_steps(steps, partial(_shown, tokenizer), png, f"{prompt}\npolicy {policy}")
 
 
 def draw(step: Any, tokenizer: Any, number: int) -> Tree:

@@ -13,8 +13,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from heterospec_vllm.cli.engine import EnforceEager, in_process_llm
-from heterospec_vllm.prompts import BUILT_IN, texts_of
+from heterospec_vllm.cli.engine import EnforceEager, HeadOption, TargetOption, in_process_llm
+from heterospec_vllm.prompts import BUILT_IN, chat_token_ids, texts_of
 
 # (span, indent): vLLM's own share of execute_model and sample_tokens is what the inner spans leave.
 ROWS = (
@@ -52,16 +52,16 @@ MODELS = ("sampling", "head keys", "head forward", "head logits", "head top-k")
 
 
 def step_table(
-    target: Annotated[str, typer.Option(help="Target model: folder or hub id.")],
-    head: Annotated[str, typer.Option(help="EAGLE-3 head: folder or hub id.")],
+    target: TargetOption,
+    head: HeadOption,
     policy: Annotated[
         str, typer.Option(help="plain, chain, static, paper or marginal.")
     ] = "static",
     nodes: Annotated[int, typer.Option(help="num_speculative_tokens, 1..63.")] = 6,
     depth: Annotated[int, typer.Option(help="max_depth, 1..16.")] = 2,
     top_k: Annotated[int, typer.Option(help="top_k, 1..16.")] = 4,
-    batch: Annotated[int, typer.Option(help="Requests decoded together.")] = 1,
-    tokens: Annotated[int, typer.Option(help="Tokens generated for each request.")] = 128,
+    batch: Annotated[int, typer.Option(min=1, help="Requests decoded together.")] = 1,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens generated for each request.")] = 128,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     max_model_len: Annotated[int, typer.Option(help="Engine's max_model_len.")] = 2048,
     prompts: Annotated[
@@ -70,17 +70,23 @@ def step_table(
     enforce_eager: EnforceEager = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
-    """Run the pair in this process (both cores, compilation on) and print one step's time by part.
+    """Run the pair in this process (all cores, compiled) and print one step's time by part.
 
     An indented part lies in the one above it; those below the line lie in several. "policy and bookkeeping" is all that
     speculation adds to a step but the head's passes and sampling. Spans cost about a microsecond each; the run without
     them is timed too and printed beside it.
+
+    Example: `heterospec step-table --target DIR --head builtin:smollm2-135m --batch 4 --policy marginal`
     """
+    if tokens > max_model_len - 2:
+        raise typer.BadParameter(
+            f"found {tokens}, allowed: at most --max-model-len less 2, {max_model_len - 2}",
+            param_hint="--tokens",
+        )
     try:
         known = texts_of(prompts) if prompts else BUILT_IN
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--prompts") from error
-    texts = list(islice(cycle(known), batch))
     llm = in_process_llm(
         target,
         {
@@ -95,11 +101,13 @@ def step_table(
         max_num_seqs=max(batch, 2),
         enforce_eager=enforce_eager,
     )
-    _generate(llm, texts, 16)
-    bare = _generate(llm, texts, tokens)
+    ids = chat_token_ids(llm.get_tokenizer(), known, max_model_len - tokens - 1)
+    prompts_of_batch = [{"prompt_token_ids": one} for one in islice(cycle(ids), batch)]
+    _generate(llm, prompts_of_batch, 16)
+    bare = _generate(llm, prompts_of_batch, tokens)
     llm.collective_rpc("heterospec_counters", kwargs={"reset": True})
     llm.collective_rpc("heterospec_clock", args=(True,))
-    timed = _generate(llm, texts, tokens)
+    timed = _generate(llm, prompts_of_batch, tokens)
     spans = llm.collective_rpc("heterospec_clock", args=(False,))[0]
     counters = llm.collective_rpc("heterospec_counters")[0]
     result = _result(spans, counters, timed, bare)
@@ -109,15 +117,14 @@ def step_table(
         _print(result)
 
 
-def _generate(llm: Any, texts: list[str], tokens: int) -> dict[str, float]:
+def _generate(llm: Any, inputs: list[dict[str, list[int]]], tokens: int) -> dict[str, float]:
     from vllm import SamplingParams
 
     # An idle engine's threads spin for about a second after their last step.
     time.sleep(2)
-    conversations = [[{"role": "user", "content": text}] for text in texts]
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     start = time.perf_counter()
-    outputs = llm.chat(conversations, params, use_tqdm=False)
+    outputs = llm.generate(inputs, params, use_tqdm=False)
     seconds = time.perf_counter() - start
     return {
         "seconds": seconds,
