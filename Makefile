@@ -52,10 +52,10 @@ aot: install ## compile every Triton kernel for real GPUs, without one
 gpu-check: ## the kernels' tests and timings on this machine's GPU; needs torch and triton only
 	$(or $(GPU_PYTHON),python3) tools/gpu_check.py $(if $(JSON),--json $(JSON))
 
-gpu-serve-check: ## on a machine with vllm and a GPU: identity through vLLM, then the benchmark ladder into results/gpu
+gpu-serve-check: ## on a GPU machine with the extras [cuda,dev,bench]: identity through vLLM, then the benchmark ladder into results/gpu
 	$(or $(GPU_PYTHON),python3) -m pytest tests/v2
-	heterospec bench benchmarks/gpu.yaml --output results/gpu
-	heterospec report results/gpu --output results/gpu/page
+	$(or $(GPU_PYTHON),python3) -m heterospec_vllm.cli bench benchmarks/gpu.yaml --output results/gpu
+	$(or $(GPU_PYTHON),python3) -m heterospec_vllm.cli report results/gpu --output results/gpu/page
 
 quality: install ## lint, format check, types
 	$(BIN)/ruff check .

@@ -27,8 +27,8 @@ class HeteroSpecGPUWorker(WorkerCalls, gpu_worker.Worker):
                 "VLLM_USE_V2_MODEL_RUNNER; vLLM's log says which option asks for V1)"
             )
         logger.warning(
-            "heterospec: the GPU path is proven under Triton's interpreter and has not been run on "
-            "a GPU by its authors; `make gpu-check` in a checkout tests it on this one."
+            "heterospec: of the GPU path only the kernels have run on a GPU (an H100), the rest "
+            "under Triton's interpreter; `make gpu-serve-check` in a checkout tests it on this one."
         )
         for backend, path in _BACKENDS.items():
             register_backend(backend, path)
