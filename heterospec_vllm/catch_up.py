@@ -35,6 +35,19 @@ class _Kept:
     positions: torch.Tensor  # [num_tokens]
     features: torch.Tensor  # [num_tokens, num_taps * hidden_size]
 
+    def closed_up(self) -> _Kept:
+        """Without the rows that no request waits for, if they are more than half."""
+        live = sum(stop - start for start, stop in self.first_row.values())
+        if 2 * live >= len(self.token_ids):
+            return self
+        index = torch.cat([torch.arange(*span) for span in self.first_row.values()])
+        where, start = {}, 0
+        for req_id, (first, stop) in self.first_row.items():
+            where[req_id] = (start, start + stop - first)
+            start += stop - first
+        index = index.to(self.token_ids.device)
+        return _Kept(where, self.token_ids[index], self.positions[index], self.features[index])
+
 
 class HeadProgress:
     """Follows every request's tokens past the head; owns which of them are in its KV."""
@@ -57,14 +70,40 @@ class HeadProgress:
         """Why the head cannot follow a request any more, or None."""
         return self._lost.get(req_id)
 
-    def follow(self, req_ids: list[str], tokens: TrueTokens) -> None:
+    def follow(
+        self,
+        req_ids: list[str],
+        tokens: TrueTokens,
+        fed: Bools,  # [num_reqs] requests whose tokens the head will get in this step, if it can follow them
+    ) -> None:
         """Meet the step's requests: new ones with their prefix, and those that were preempted and start over."""
         ends = np.cumsum(tokens.num_tokens)
         first = tokens.positions.cpu().numpy()[ends - tokens.num_tokens].tolist()
-        for i, (req_id, position) in enumerate(zip(req_ids, first, strict=True)):
-            if self._next.get(req_id) != position and req_id not in self._lost:
-                self._start_over(req_id, position, tokens.block_table[i])
-            self._next[req_id] = position + int(tokens.num_tokens[i])
+        starting = {
+            req_id
+            for req_id, position in zip(req_ids, first, strict=True)
+            if self._next.get(req_id) != position and req_id not in self._lost
+        }
+        if starting:
+            self._meet(starting, req_ids, tokens, first, fed)
+        for req_id, position, count in zip(req_ids, first, tokens.num_tokens.tolist(), strict=True):
+            self._next[req_id] = position + count
+
+    def _meet(
+        self, starting: set[str], req_ids: list[str], tokens: TrueTokens, first: list[int], fed
+    ) -> None:
+        """Judges those who start by what the head will have seen after this step.
+
+        vLLM hands out blocks as a prefix in the step that fills them. Whoever fills one begins before it, so requests
+        are taken in the order of their first tokens.
+        """
+        ends = np.cumsum(tokens.num_tokens).tolist()
+        blocks = blocks_of(tokens, self._block_size).cpu().numpy()
+        for i in sorted(range(len(req_ids)), key=first.__getitem__):
+            if req_ids[i] in starting:
+                self._start_over(req_ids[i], first[i], tokens.block_table[i])
+            own = blocks[ends[i] - int(tokens.num_tokens[i]) : ends[i]]
+            self._seen_blocks[own] = bool(fed[i]) and req_ids[i] not in self._lost
 
     def _start_over(self, req_id: str, position: int, blocks: torch.Tensor) -> None:
         self._let_go(req_id)
@@ -156,7 +195,8 @@ class HeadProgress:
         return pieces
 
     def _drop_empty(self) -> None:
-        self._kept = deque(record for record in self._kept if record.first_row)
+        """Lets go of records without requests, and of the rows of others once they are the larger part."""
+        self._kept = deque(record.closed_up() for record in self._kept if record.first_row)
         self._kept_bytes = sum(record.features.nbytes for record in self._kept)
 
     def _mark(self, tokens: TrueTokens, *, seen: bool, rows: Bools | None = None) -> None:

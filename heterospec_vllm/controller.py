@@ -57,6 +57,7 @@ class _LastDraft:
     num_reqs: int
     seconds: float
     caught_up: bool  # tokens of earlier steps were in it
+    possible: bool  # for some request
 
 
 class Controller:
@@ -73,7 +74,7 @@ class Controller:
         self._verified = DraftTrees.empty(0)
         self._index: dict[str, int] = {}
         self._clock = _Clock()
-        self._last_draft = _LastDraft("none", 0, 0.0, False)
+        self._last_draft = _LastDraft("none", 0, 0.0, False, False)
         self._num_verified = 0  # nodes of the current step
         self._context = 0.0
         self._sample_seconds = 0.0  # of the current step
@@ -170,6 +171,8 @@ class Controller:
         only_decodes = num_tokens - self._num_verified == num_reqs == last.num_reqs
         if not only_decodes or last.caught_up or last.scope == "probe":
             return
+        if last.scope == "all" and not last.possible:  # plain steps, whatever was asked for
+            return
         self.policy.observe_cycle(
             Cycle(
                 speculated=last.scope == "all",
@@ -200,14 +203,14 @@ class Controller:
             self._places.pop(req_id, None)
         start = time.perf_counter()
         self.counters.price_of_time = 0.0
-        self.progress.follow(req_ids, tokens)
-        lost = np.array([self.progress.lost(req_id) is not None for req_id in req_ids])
-        follow = (followed > 0) & ~lost
-        limits = np.where(follow, limits, 0)
         self._context = _context_of(tokens)
         # Requests whose prompts are still read will decode, too: a burst is judged by all of them.
         with CLOCK.span("policy"):
             scope = self.policy.scope(len(req_ids), self._context)
+        self.progress.follow(req_ids, tokens, (followed > 0) & (scope == "all"))
+        lost = np.array([self.progress.lost(req_id) is not None for req_id in req_ids])
+        follow = (followed > 0) & ~lost
+        limits = np.where(follow, limits, 0)
         feed = self._feed(scope, req_ids, follow, limits)
         fed = self.progress.advance(req_ids, tokens, feed, follow)
         caught_up = 0
@@ -223,7 +226,9 @@ class Controller:
             self._propose(req_ids, fed, feed, limits, temperatures, drafts)
         self._clock.end = time.perf_counter()
         seconds = self._clock.end - start
-        self._last_draft = _LastDraft(scope, len(req_ids), seconds, caught_up > 0)
+        self._last_draft = _LastDraft(
+            scope, len(req_ids), seconds, caught_up > 0, bool(limits.any())
+        )
         self.counters.seconds["draft"] += seconds
         return drafts
 

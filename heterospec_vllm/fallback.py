@@ -54,3 +54,15 @@ def most_nodes(request: Request) -> int:
     assert params is not None
     asked = RequestOptions.from_extra_args(params.extra_args).heterospec_max_nodes
     return MAX_NODES if asked is None else asked
+
+
+def is_worth_drafting(params: SamplingParams, num_outputs: int, last_token: int | None) -> bool:
+    """Whether a request that emitted so many tokens, the last one known or not, could use a draft in its next step."""
+    if num_outputs < params.min_tokens:
+        # Stop tokens that are masked by position would differ between the nodes of a tree.
+        return False
+    if params.max_tokens is not None and params.max_tokens - num_outputs <= 1:
+        return False  # the target's own next token is the last one
+    return last_token is None or not (
+        last_token == params.eos_token_id or last_token in (params.stop_token_ids or ())
+    )

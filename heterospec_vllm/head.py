@@ -43,6 +43,7 @@ class HeadConfig(BaseModel):
     draft_vocab_size: PositiveInt | None = None
     target_hidden_size: PositiveInt | None = None
     num_aux_hidden_states: PositiveInt | None = None
+    layer_types: list[str] | None = None
     eagle_aux_hidden_state_layer_ids: list[int] | None = None
     eagle_config: _TapConfig = _TapConfig()
 
@@ -150,6 +151,10 @@ def _misfits(head: HeadConfig, facts: EngineFacts) -> Iterator[str]:
     if not head_size_allowed(head_size, facts.platform):
         sizes = ", ".join(map(str, CPU_HEAD_SIZES))
         yield f"found a head with head size {head_size}, allowed on CPU: {sizes}"
+    partial = sorted({kind for kind in head.layer_types or () if kind != "full_attention"})
+    if partial:
+        # vLLM would give such a head KV blocks of its own.
+        yield f"found a head with layers of {', '.join(partial)}, allowed: full_attention"
     if not head.eagle_config.use_aux_hidden_state:
         yield "found use_aux_hidden_state false, allowed: a head that reads tap states"
     yield from _tap_misfits(head, target.num_hidden_layers)

@@ -128,6 +128,9 @@ class TreeDrafter:
         """The ``top_k`` likeliest next tokens of each row (target ids) and their log-probabilities."""
         raise NotImplementedError
 
+    def prepare(self) -> None:
+        """What the first draft would otherwise have to wait for; called at the engine's start."""
+
     def time_pass(self, num_rows: int) -> None:
         """What a level of so many rows takes, on dummy inputs and without attention."""
         normed, _ = self._run_head(num_rows, None, {})

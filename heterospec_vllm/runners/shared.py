@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from heterospec_vllm.config import (
 )
 from heterospec_vllm.controller import Controller
 from heterospec_vllm.cost import StepCosts
-from heterospec_vllm.fallback import Request, fallback_reason, most_nodes
+from heterospec_vllm.fallback import Request, fallback_reason, is_worth_drafting, most_nodes
 from heterospec_vllm.marginal import make_policy
 from heterospec_vllm.metrics import StepCounters
 from heterospec_vllm.metrics_file import open_metrics_file
@@ -84,6 +85,7 @@ class SpeculatingRunner:
 
     def start_policy(self) -> None:
         """The configured policy, once the engine is warm."""
+        self._drafter.prepare()
         self.set_policy(self._config.policy)
 
     def set_policy(self, policy: str, **options: Any) -> None:
@@ -185,18 +187,21 @@ class SpeculatingRunner:
         req_ids: list[str],
         num_emitted: Iterable[int],  # [num_reqs] new tokens of each request
         num_outputs: Iterable[int],  # [num_reqs] tokens it has emitted in all
+        # [num_reqs] its latest one, where it is known on the host
+        last_tokens: Iterable[int | None] = repeat(None),
     ) -> Ints:
-        """[num_reqs] nodes each request may get: none without a new token or for one that decodes plainly."""
+        """[num_reqs] nodes each request may get: none without a new token, at its end, or where it decodes plainly."""
         # Trees may take half of a step's token budget; the rest is for prompts that wait.
         room = self.scheduler_config.max_num_batched_tokens // 2 // len(req_ids) - 1
         limit = max(0, min(self._config.num_lookahead_tokens, room))
         caps = []
-        for req_id, emitted, outputs in zip(req_ids, num_emitted, num_outputs, strict=True):
+        for req_id, emitted, outputs, last in zip(
+            req_ids, num_emitted, num_outputs, last_tokens, strict=False
+        ):
             drafted = emitted and self._reason(req_id) is None
             if drafted:
                 params = self._request(req_id).sampling_params
-                # Stop tokens that are masked by position would differ between the nodes of a tree.
-                drafted = params is not None and outputs >= params.min_tokens
+                drafted = params is not None and is_worth_drafting(params, outputs, last)
             caps.append(min(limit, self._node_caps[req_id]) if drafted else 0)
         return np.array(caps)
 

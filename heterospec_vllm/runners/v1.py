@@ -239,10 +239,12 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
     ) -> list[list[int]]:
         with CLOCK.span("draft"):
             req_ids = self.input_batch.req_ids
+            outputs = [self.requests[req_id].output_token_ids for req_id in req_ids]
             limits = self._max_nodes(
                 req_ids,
                 map(len, sampled_token_ids),
-                [len(self.requests[req_id].output_token_ids) for req_id in req_ids],
+                [len(tokens) for tokens in outputs],
+                [tokens[-1] if tokens else None for tokens in outputs],
             )
             followed = np.array([self._reason(req_id) is None for req_id in req_ids])
             tokens = self._true_tokens(
@@ -283,6 +285,11 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
             next_token_ids=next_token_ids,
             block_table=common_attn_metadata.block_table_tensor[:num_reqs],
         )
+
+    def _update_streaming_request(self, req_id: str, new_req_data) -> CachedRequestState:
+        """A session's next input may bring other sampling parameters: it is judged like a new request."""
+        self._forget(req_id)
+        return super()._update_streaming_request(req_id, new_req_data)
 
     def _on_request_state_removed(self, req_id: str, req_state) -> None:
         super()._on_request_state_removed(req_id, req_state)

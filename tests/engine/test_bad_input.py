@@ -229,6 +229,10 @@ def test_target_is_a_speculators_head(target: Path, tmp_path: Path) -> None:
         ({"num_aux_hidden_states": 2}, ["[2, 4, 5]", "allowed: 2 layers"]),
         ({"eagle_config": {"use_aux_hidden_state": False}}, ["use_aux_hidden_state", "tap states"]),
         ({"head_dim": 32}, ["head size 32", "64, 96, 128"]),
+        (
+            {"layer_types": ["sliding_attention"], "sliding_window": 64},
+            ["layers of sliding_attention", "allowed: full_attention"],
+        ),
         ({"architectures": ["MedusaModel"]}, ["['MedusaModel']", "LlamaForCausalLMEagle3"]),
         (
             {"architectures": ["LlamaForCausalLM"], "draft_vocab_size": None},

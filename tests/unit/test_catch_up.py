@@ -52,8 +52,8 @@ def advance(
 ) -> dict[str, list[int]] | None:
     """One step; the positions that the head gets for each request of `feed`, everything else checked."""
     names, tokens = list(parts), step_of(parts)
-    progress.follow(names, tokens)
     fed = np.array([name in feed.split() for name in names])
+    progress.follow(names, tokens, fed)
     kept = np.array([progress.lost(name) is None and name not in forget.split() for name in names])
     given_tokens = progress.advance(names, tokens, fed, kept)
     if given_tokens is None:
@@ -102,8 +102,8 @@ def test_requests_catch_up_each_in_its_own_time() -> None:
 def test_a_step_that_is_fed_whole_is_not_copied() -> None:
     progress = HeadProgress(8, BLOCK)
     tokens = step_of({"r1": (0, 2, [1]), "r2": (0, 1, [2])})
-    progress.follow(["r1", "r2"], tokens)
     everyone = np.array([True, True])
+    progress.follow(["r1", "r2"], tokens, everyone)
     assert progress.advance(["r1", "r2"], tokens, everyone, everyone) is tokens
 
 
@@ -158,6 +158,35 @@ def test_a_prefix_is_accepted_only_where_the_head_was() -> None:
     advance(progress, {"r1": (8, 4, [1, 2, 5])}, forget="r1")
     advance(progress, {"r4": (12, 1, [1, 2, 5, 6]), "r5": (8, 1, [1, 2, 7])})
     assert (progress.lost("r4"), progress.lost("r5")) == (UNSEEN_PREFIX, None)
+
+
+def test_a_prefix_that_is_filled_in_the_same_step_counts_as_it_will_be() -> None:
+    progress = HeadProgress(16, BLOCK)
+    advance(progress, {"r1": (0, 8, [1, 2])})
+    progress.remove("r1")
+    # The head was not there when blocks 1 and 2 were filled, and is now. The second request stands first in the batch.
+    parts = {"r3": (8, 1, [1, 2, 4]), "r2": (0, 9, [1, 2, 3])}
+    assert advance(progress, parts, feed="r2 r3") == {"r3": [8], "r2": list(range(9))}
+    assert progress.lost("r3") is None
+    # And the other way round: it was there, and is not now.
+    advance(progress, {"r5": (8, 1, [1, 2, 6]), "r4": (0, 9, [1, 2, 5])})
+    assert (progress.lost("r4"), progress.lost("r5")) == (None, UNSEEN_PREFIX)
+
+
+def test_one_long_request_does_not_hold_the_rows_of_those_that_left() -> None:
+    progress = HeadProgress(64, BLOCK, max_bytes=40 * TOKEN_BYTES)
+    for position in range(20):
+        others = {f"r{3 * position + i + 2}": (0, 3, [10 + 2 * i]) for i in range(3)}
+        own = {"r1": (position, 1, [1, 2, 3, 4, 5])}
+        # It stands between the others, whose rows go.
+        advance(
+            progress, dict([*list(others.items())[:1], *own.items(), *list(others.items())[1:]])
+        )
+        for name in others:
+            progress.remove(name)
+    assert progress.lost("r1") is None and progress._kept_bytes == 20 * TOKEN_BYTES
+    own = {"r1": (20, 1, [1, 2, 3, 4, 5, 6])}
+    assert advance(progress, own, feed="r1") == {"r1": list(range(21))}
 
 
 def test_a_block_that_is_filled_again_counts_anew() -> None:
@@ -278,11 +307,13 @@ class World:
             if not text.started:
                 self.start(text)
         tokens = step_of(parts)
-        self.progress.follow(names, tokens)
+        everybody = self.rng.random() < 0.3
+        followed = np.array([self.texts[name].followed for name in names])
+        self.progress.follow(names, tokens, followed & everybody)
         for name in names:
             assert (self.progress.lost(name) is not None) == self.texts[name].lost
         follow = np.array([t.followed and not t.lost for t in map(self.texts.get, names) if t])
-        feed = follow & (self.rng.random(len(names)) < self.rng.choice([0.0, 0.4, 1.0]))
+        feed = follow & (everybody | (self.rng.random(len(names)) < self.rng.choice([0.0, 0.4])))
         fed = self.progress.advance(names, tokens, feed, follow)
         for name, (first, n, _) in parts.items():
             self.texts[name].position = first + n

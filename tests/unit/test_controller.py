@@ -1,9 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the controller says of a step in which nothing is verified."""
+"""What the controller says of steps in which nothing is verified, and what it tells the policy of them."""
 
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from heterospec_vllm.catch_up import HeadProgress
 from heterospec_vllm.controller import Controller
-from heterospec_vllm.policies import PlainPolicy
+from heterospec_vllm.policies import Cycle, PlainPolicy
 from heterospec_vllm.policy import TreeShape
+from heterospec_vllm.true_tokens import TrueTokens
 
 
 def test_a_plain_step_has_no_budget() -> None:
@@ -13,3 +20,39 @@ def test_a_plain_step_has_no_budget() -> None:
     assert controller.counters.budget == 0
     assert controller.match({"gone": [1, 2]}, num_tokens=5, num_reqs=3) == {}
     assert controller.counters.budget == 0 and controller.counters.dropped_drafts == 1
+
+
+class Heard(PlainPolicy):
+    """Asks for drafts for everybody and notes which cycles it is told of."""
+
+    def __init__(self) -> None:
+        super().__init__(TreeShape(1, 1, 1))
+        self.cycles: list[Cycle] = []
+
+    def scope(self, num_reqs, context):
+        return "all"
+
+    def observe_cycle(self, cycle: Cycle) -> None:
+        self.cycles.append(cycle)
+
+
+def test_steps_in_which_nobody_could_be_drafted_for_say_nothing_of_drafts() -> None:
+    """A phase of grammars alone would pass for speculation that earns nothing."""
+    policy = Heard()
+    proposer = SimpleNamespace(propose_trees=lambda *_: None)
+    controller = Controller(proposer, policy)  # type: ignore[arg-type]
+    controller.progress = HeadProgress(num_blocks=8, block_size=16)
+    for position, limit in enumerate((0, 0, 3, 3, 0)):
+        controller.match({}, num_tokens=1, num_reqs=1)
+        tokens = TrueTokens(
+            token_ids=torch.tensor([5]),
+            positions=torch.tensor([position]),
+            features=torch.zeros(1, 3),
+            num_tokens=np.array([1]),
+            next_token_ids=torch.tensor([6], dtype=torch.int32),
+            block_table=torch.ones(1, 1, dtype=torch.int32),
+        )
+        one = np.array([1])
+        controller.draft(["r1"], tokens, limit * one, one, 0 * one, num_step_tokens=1)
+    # The draft before a step decides: those behind the third and the fourth.
+    assert [cycle.speculated for cycle in policy.cycles] == [True, True]
