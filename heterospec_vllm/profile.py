@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from heterospec_vllm.config import read_json_object
 from heterospec_vllm.strata import NUM_STRATA, Strata
@@ -89,13 +97,17 @@ class Profile(BaseModel):
     costs: CostData
     held_out: dict[str, float] = {}  # the calibration's check of itself
 
-    def model_post_init(self, _: Any) -> None:
+    @field_validator("survivals")
+    @classmethod
+    def _have_the_shape(cls, survivals: list) -> list:
         try:
-            shape = np.asarray(self.survivals, dtype=np.float64).shape
+            shape = list(np.asarray(survivals, dtype=np.float64).shape)
         except ValueError:
-            shape = ()
-        if shape != SHAPE:
-            raise ValueError(f"survivals must have the shape {list(SHAPE)}, found {list(shape)}")
+            shape = []
+        if shape != list(SHAPE):
+            found = f"the shape {shape}" if shape else "lists of unequal lengths"
+            raise PydanticCustomError("shape", f"the shape {list(SHAPE)}", {"found": found})
+        return survivals
 
     @property
     def strata(self) -> Strata:
@@ -128,12 +140,22 @@ def load_profile(path: Path) -> Profile:
     try:
         return Profile.model_validate(content)
     except ValidationError as error:
-        fault = error.errors()[0]
-        key = ".".join(str(part) for part in fault["loc"]) or "the profile"
-        found = "nothing" if fault["type"] == "missing" else _short(fault["input"])
-        raise ValueError(
-            f"{FIELD}: found {found} for {key} in {path}, allowed: {fault['msg'].lower()}"
-        ) from None
+        raise ValueError(f"{FIELD}: {_words(error.errors()[0], path)}") from None
+
+
+def _words(fault: Any, path: Path) -> str:
+    """A fault of a profile: what was found for which key, and what is allowed."""
+    key = ".".join(str(part) for part in fault["loc"]) or "the profile"
+    if fault["type"] == "extra_forbidden":
+        *above, _ = fault["loc"]
+        model: Any = Profile
+        for part in above:
+            model = model.model_fields[part].annotation
+        return f"found the unknown key {key} in {path}, allowed: {', '.join(model.model_fields)}"
+    found = "nothing" if fault["type"] == "missing" else _short(fault["input"])
+    found = fault.get("ctx", {}).get("found", found)
+    allowed = fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ").lower()
+    return f"found {found} for {key} in {path}, allowed: {allowed}"
 
 
 def misfit_reason(profile: Profile, target: str, head: str) -> str | None:

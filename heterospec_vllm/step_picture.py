@@ -81,7 +81,9 @@ def _draw(axes: Any, step: Step, nodes: list[Node], shown: Callable[[int], str])
         return heights[0]
 
     lay_out(-1, 0)
-    axes.text(*place[-1], shown(step.root), va="bottom", fontsize=8, fontweight="bold", parse_math=False)
+    axes.text(
+        *place[-1], shown(step.root), va="bottom", fontsize=8, fontweight="bold", parse_math=False
+    )
     for node in nodes:
         (x0, y0), (x, y) = place[node.parent], place[node.column]
         color = COLORS[node.state]

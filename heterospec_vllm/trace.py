@@ -8,7 +8,7 @@ Columns of the file (``heterospec calibrate --trace``; numpy ``.npz``):
 * ``request`` ``[num_drafts]``: number of the request;
 * ``position`` ``[num_drafts]``: place in the text of the root, the last token that is known when the draft begins;
 * ``tokens``, ``log_probs``, ``entropies``, ``parents``, ``ranks`` ``[num_drafts, pool_size]``: the candidates in
-  expansion order (see ``CandidatePool``); ``depths`` ``[pool_size]``;
+  expansion order (see ``CandidatePool``);
 * ``text``, ``text_start`` ``[num_requests + 1]``: token ids of prompts and answers, one after the other;
 * ``answer_start`` ``[num_requests]``: first answer token of each request within its text;
 * ``sampled`` ``[num_requests]``: 1 where the answer was sampled, 0 where it was greedy.

@@ -82,14 +82,30 @@ def _mixed(sets: list[list[SetPrompt]]) -> list[SetPrompt]:
 def _texts(name: str, source: str | Dataset, tokenizer: Any) -> list[str]:
     if isinstance(source, Dataset):
         return _vllm_dataset(name, source, tokenizer)
+    return _own_texts(name, source)
+
+
+def check_files(sets: dict[str, str | Dataset]) -> None:
+    """Reads every file of prompts, so that a missing one is told before any model is loaded. Raises ValueError."""
+    for name, source in sets.items():
+        if isinstance(source, str):
+            _own_texts(name, source)
+
+
+def _own_texts(name: str, source: str) -> list[str]:
     if source in BUILT_INS:
         return list(BUILT_INS[source])
     if source.startswith("builtin"):
         raise ValueError(f"prompts.{name}: found '{source}', allowed: {', '.join(BUILT_INS)}")
     try:
         return texts_of(Path(source))
+    except OSError as error:
+        raise ValueError(
+            f"prompts.{name}: found no readable file {source} ({error.strerror}), "
+            "allowed: a JSONL file"
+        ) from error
     except ValueError as error:
-        raise ValueError(f"prompts.{name}: {error}") from error
+        raise ValueError(f"prompts.{name}: {str(error).removeprefix('prompts: ')}") from error
 
 
 def _vllm_dataset(name: str, source: Dataset, tokenizer: Any) -> list[str]:

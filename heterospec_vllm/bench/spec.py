@@ -15,12 +15,15 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from heterospec_vllm.bench.growth_points import GrowthSpec
 from heterospec_vllm.bench.rows import Cell
+from heterospec_vllm.bench.spec_errors import clauses_of
+from heterospec_vllm.config import HeteroSpecConfig
 
 MIX = "mix"
 # Options of each kind of system with their defaults; None: the option must be given.
@@ -35,6 +38,15 @@ KINDS: dict[str, dict[str, int | None]] = {
     "paper": {"nodes": 8, "depth": 3, "top": 4},
     "marginal": {"nodes": 16, "depth": 6, "top": 8},
 }
+# The fields of our config that an option sets; a chain of k is k nodes at k levels.
+FIELDS = {
+    "k": ("num_speculative_tokens", "max_depth"),
+    "nodes": ("num_speculative_tokens",),
+    "depth": ("max_depth",),
+    "top": ("top_k",),
+}
+# vLLM declares no limit for its own chains; its rejection sampler stops at 128 tokens (MAX_SPEC_LEN).
+LONGEST_OF_VLLM = 99
 PLAIN, OURS, TUNED = "plain", "ours", "eagle3 tuned"
 # Nats that separate numeric noise from another answer: a few units in the last place of a logit of about 20.
 NEAR_TIES = {"bfloat16": 0.5, "float16": 0.1, "float32": 1e-3}
@@ -66,14 +78,30 @@ def system_of(name: str) -> System:
         key, equals, value = word.partition("=")
         if not equals:
             continue
-        if key not in options or not re.fullmatch(r"[1-9]\d?", value):
-            allowed = ", ".join(f"{o}=1..99" for o in KINDS[kind]) or "no options"
+        number = int(value) if re.fullmatch("[0-9]{1,4}", value) else None
+        if key not in options or number not in _range(kind, key):
+            allowed = ", ".join(_allowed(kind, option) for option in options) or "no options"
             raise ValueError(f"systems: '{name}': found '{word}', allowed: {allowed}")
-        options[key] = int(value)
+        options[key] = number
     missing = [key for key, value in options.items() if value is None]
     if missing:
-        raise ValueError(f"systems: '{name}': missing {missing[0]}=1..99")
+        raise ValueError(f"systems: '{name}': missing {_allowed(kind, missing[0])}")
     return _build(name, kind, {key: int(value or 0) for key, value in options.items()})
+
+
+def _range(kind: str, option: str) -> range:
+    """What our config allows for an option, or vLLM for one of its own systems."""
+    if kind in ("eagle3", "ngram"):
+        return range(1, LONGEST_OF_VLLM + 1)
+    bounds = [b for f in FIELDS[option] for b in HeteroSpecConfig.model_fields[f].metadata]
+    low = max(bound.ge for bound in bounds if hasattr(bound, "ge"))
+    high = min(bound.le for bound in bounds if hasattr(bound, "le"))
+    return range(low, high + 1)
+
+
+def _allowed(kind: str, option: str) -> str:
+    allowed = _range(kind, option)
+    return f"{option}={allowed[0]}..{allowed[-1]}"
 
 
 def _shown() -> list[str]:
@@ -149,38 +177,26 @@ class CellGroup(_Spec):
     mode: Literal["offline", "serving"] = "offline"
     prompts: Literal["each", "mix"] | list[str] = "mix"
     load: Literal["steady", "rising", "prefill"] = "steady"
-    concurrency: list[int]
-    request_rate: list[float | None] = [None]
-    temperature: list[float] = [0.0]
+    concurrency: list[Annotated[int, Field(ge=1)]] = Field(min_length=1)
+    # arrivals a second; null: a closed loop
+    request_rate: list[Annotated[float, Field(gt=0)] | None] = Field([None], min_length=1)
+    temperature: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
+        [0.0], min_length=1
+    )
     output_len: int = Field(64, ge=1)
     num_prompts: int = Field(1, ge=1)  # a run; at least as many as are decoded at once
     rounds: int | None = Field(None, ge=1)  # instead of the spec's
     systems: Names | None = None  # instead of all
 
-    @field_validator("concurrency")
+    @field_validator("request_rate")
     @classmethod
-    def _positive(cls, values: list[int]) -> list[int]:
-        if not values or min(values) < 1:
-            raise ValueError("allowed: a list of whole numbers >= 1")
-        return values
-
-    @field_validator("temperature")
-    @classmethod
-    def _not_negative(cls, values: list[float]) -> list[float]:
-        if not values or min(values) < 0:
-            raise ValueError("allowed: a list of numbers >= 0")
-        return values
-
-    @model_validator(mode="after")
-    def _rates_need_a_server(self) -> CellGroup:
-        rates = [rate for rate in self.request_rate if rate is not None]
-        if rates and self.mode != "serving":
-            raise ValueError("request_rate: allowed only with `mode: serving`")
-        if rates and min(rates) <= 0:
-            raise ValueError("request_rate: allowed: numbers > 0, or null")
-        if not self.request_rate:
-            raise ValueError("request_rate: allowed: a list of numbers > 0, or null")
-        return self
+    def _rates_need_a_server(
+        cls, rates: list[float | None], info: ValidationInfo
+    ) -> list[float | None]:
+        mode = info.data.get("mode", "serving")  # absent where it is wrong itself
+        if mode != "serving" and any(rate is not None for rate in rates):
+            raise ValueError(f"found {rates}, allowed: only null, or `mode: serving`")
+        return rates
 
 
 class BenchSpec(_Spec):
@@ -220,9 +236,10 @@ class BenchSpec(_Spec):
         for name in names:
             system_of(name)
         if "plain" not in names:
-            raise ValueError("`plain` must be among the systems: all ratios are to it")
-        if len(set(names)) < len(names):
-            raise ValueError("a system is named twice")
+            raise ValueError(f"found {names}, but `plain` must be among them: all ratios are to it")
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise ValueError(f"found '{twice[0]}' named twice, allowed: every system once")
         return names
 
     @model_validator(mode="after")
@@ -242,7 +259,9 @@ class BenchSpec(_Spec):
                         f"{where}.prompts: found '{missing[0]}', allowed: {', '.join(known)}"
                     )
         if MIX in self.prompts:
-            raise ValueError(f"prompts: `{MIX}` is the name of all sets together")
+            raise ValueError(
+                f"prompts: found the name `{MIX}`, allowed: any other, it means all sets together"
+            )
         for name, sets in self.mixes.items():
             unknown = [s for s in sets if s not in self.prompts]
             if unknown or not sets or name in self.prompts:
@@ -302,25 +321,17 @@ def read_yaml(path: Path, kind: type[M]) -> M:
     if not path.is_file():
         raise ValueError(f"found no file {path}, allowed: a YAML file")
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: found no readable file ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: found bytes that are not UTF-8, allowed: YAML") from error
     except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML: {error}") from error
+        words = " ".join(str(error).split())
+        raise ValueError(f"{path}: found no valid YAML ({words}), allowed: a mapping") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: found {type(values).__name__}, allowed: a mapping")
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise ValueError(f"{path}: {_sentence(error, kind)}") from error
-
-
-def _sentence(error: ValidationError, kind: type[BaseModel]) -> str:
-    parts = []
-    for problem in error.errors(include_url=False):
-        where = ".".join(str(part) for part in problem["loc"])
-        message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
-            message = "unknown key"
-            if "." not in where:
-                message += f", allowed: {', '.join(kind.model_fields)}"
-        parts.append(f"{where}: {message}" if where else message)
-    return "; ".join(parts)
+        raise ValueError(f"{path}: {clauses_of(error, kind, values)}") from error

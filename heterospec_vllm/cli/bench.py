@@ -18,6 +18,7 @@ from heterospec_vllm.compat import platform_name
 if TYPE_CHECKING:
     from heterospec_vllm.bench.contenders import Contender
     from heterospec_vllm.bench.spec import BenchSpec, System
+    from heterospec_vllm.bench.thresholds import Thresholds
 
 INTERRUPTED = 130
 KV_CACHE_SPACE = "VLLM_CPU_KVCACHE_SPACE"
@@ -26,14 +27,23 @@ KV_CACHE_SPACE = "VLLM_CPU_KVCACHE_SPACE"
 def bench(
     spec_file: Annotated[Path, typer.Argument(metavar="SPEC.yaml", help="What to compare.")],
     output: Annotated[
-        Path, typer.Option(help="Folder of results; what it holds already is not run again.")
-    ],
+        Path | None,
+        typer.Option(
+            file_okay=False,
+            help="Folder of results; what it holds already is not run again. [required, but for "
+            "`--dry-run`]",
+        ),
+    ] = None,
     thresholds: Annotated[
         Path | None,
         typer.Option(help="YAML of ratios that must be reached, else the exit code is 2."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the spec, list the cells and stop.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Check the spec, its prompt files and profile, list the cells and stop.",
+        ),
     ] = False,
 ) -> None:
     """Time systems side by side: plain vLLM, its `eagle3` chains, `ngram`, and our policies.
@@ -49,25 +59,22 @@ def bench(
 
     Exit code: 0; 1 where a cell failed or answers differ; 2 below a threshold; 130 interrupted.
     """
-    from heterospec_vllm.bench.spec import load_spec, planned_cells, read_yaml
+    from heterospec_vllm.bench.spec import planned_cells
 
     # `kill` is Ctrl-C: whole rows, no stray process.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console()
-    try:
-        spec = load_spec(spec_file)
-        limits = None
-        if thresholds is not None:
-            from heterospec_vllm.bench.thresholds import Thresholds
-
-            limits = read_yaml(thresholds, Thresholds)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+    spec, limits = _checked(spec_file, thresholds)
     if dry_run:
         for planned in planned_cells(spec, spec.target_name or "target"):
             names = ", ".join(system.name for system in planned.systems)
             console.print(f"{planned.cell.label}: {planned.rounds} rounds of {names}")
         return
+    if output is None:
+        raise typer.BadParameter(
+            "found nothing, allowed: a folder for the results; only `--dry-run` needs none",
+            param_hint="--output",
+        )
     try:
         code = _run(spec, output, console)
     except ValueError as error:
@@ -83,6 +90,30 @@ def bench(
     raise typer.Exit(code)
 
 
+def _checked(spec_file: Path, thresholds: Path | None) -> tuple[BenchSpec, Thresholds | None]:
+    """Both files, read and checked, with the prompts and the profile that the spec names."""
+    from heterospec_vllm.bench.prompt_sets import check_files
+    from heterospec_vllm.bench.spec import load_spec, read_yaml
+    from heterospec_vllm.profile import load_profile
+
+    try:
+        spec = load_spec(spec_file)
+        check_files(spec.prompts)
+        if spec.profile is not None:
+            load_profile(Path(spec.profile).expanduser())
+    except ValueError as error:
+        message = str(error).removeprefix("speculative_config.")  # where others have a `profile`
+        raise typer.BadParameter(message, param_hint="SPEC.yaml") from error
+    if thresholds is None:
+        return spec, None
+    from heterospec_vllm.bench.thresholds import Thresholds
+
+    try:
+        return spec, read_yaml(thresholds, Thresholds)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--thresholds") from error
+
+
 def _run(spec: BenchSpec, output: Path, console: Console) -> int:
     import psutil
 
@@ -95,12 +126,10 @@ def _run(spec: BenchSpec, output: Path, console: Console) -> int:
     target, head = _pair(spec, console)
     name = spec.target_name or Path(target).name
     cells = list(planned_cells(spec, name))
-    from transformers import AutoTokenizer
-
     longest = max((p.cell.output_len for p in cells), default=1)
     prompts = PromptSets(
         spec.prompts,
-        AutoTokenizer.from_pretrained(target),
+        _tokenizer(target),
         spec.max_model_len - longest - 1,
         spec.mixes,
     )
@@ -119,6 +148,20 @@ def _run(spec: BenchSpec, output: Path, console: Console) -> int:
             engine_arguments={"dtype": spec.dtype},
         )  # fmt: skip
     return code
+
+
+def _tokenizer(target: str) -> Any:
+    """Of the target. Raises ValueError naming the field where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(target)
+    except (OSError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(
+            f"target: found no model with a tokenizer at '{target}' ({reason}), "
+            "allowed: a folder, relative to the working directory, or a hub id"
+        ) from error
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from rich.table import Table
 from heterospec_vllm.cli.sizes import sizes_of
 
 CHAINS = (1, 2, 3, 5)
+OPTIONS = {"num_speculative_tokens": "--nodes", "max_depth": "--depth"}  # by key of our config
 # (nodes, depth, top_k)
 TREES = ((4, 2, 4), (6, 2, 4), (8, 3, 4), (12, 4, 8))
 
@@ -24,8 +25,10 @@ def simulate(
     profile: Annotated[Path, typer.Option(help="Profile with the costs and, for `paper`, strata.")],
     batches: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1,4,16",
     greedy_only: Annotated[bool, typer.Option(help="Leave sampled requests out.")] = True,
-    nodes: Annotated[int, typer.Option(help="Bound of `marginal` and `paper`.")] = 16,
-    depth: Annotated[int, typer.Option(help="Bound of `marginal`; default depth of `paper`.")] = 6,
+    nodes: Annotated[int, typer.Option(help="Bound of `marginal` and `paper`, 1..63.")] = 16,
+    depth: Annotated[
+        int, typer.Option(help="Bound of `marginal`; default depth of `paper`; 1..16.")
+    ] = 6,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Expected tokens a second of every policy on recorded drafts, and their share of an oracle.
@@ -39,6 +42,7 @@ def simulate(
     from heterospec_vllm.trace import Trace
 
     sizes = sizes_of(batches, "--batches")
+    _check_bounds(nodes, depth)
     try:
         loaded, recorded = load_profile(profile), Trace.load(trace)
     except ValueError as error:
@@ -53,6 +57,25 @@ def simulate(
         return
     for name, rows in results.items():
         _print(name, rows)
+
+
+def _check_bounds(nodes: int, depth: int) -> None:
+    """Raises BadParameter naming the option that our config would refuse."""
+    from pydantic import ValidationError
+
+    from heterospec_vllm.config import HeteroSpecConfig, allowed_values
+
+    try:
+        HeteroSpecConfig(
+            method="heterospec", model="trace", num_speculative_tokens=nodes, max_depth=depth
+        )
+    except ValidationError as error:
+        fault = error.errors()[0]
+        key = str(fault["loc"][0])
+        raise typer.BadParameter(
+            f"found {fault['input']}, allowed: {allowed_values(HeteroSpecConfig, key)}",
+            param_hint=OPTIONS[key],
+        ) from None
 
 
 def compare(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Traces: which candidates lie on the answer, the file and its faults, what recorders note."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from fake_drafter import batch_of, depths_of, draft
 
+from heterospec_vllm import trace as trace_module
 from heterospec_vllm.policy import TreeShape
 from heterospec_vllm.trace import (
     CostRecorder,
@@ -42,6 +44,12 @@ def trace(**changes: Any) -> Trace:
         **changes,
     }
     return Trace(**columns)
+
+
+def test_the_documented_columns_are_those_of_the_file() -> None:
+    lists = (trace_module.__doc__ or "").partition("Columns of the file")[2].split("\n* ")[1:]
+    named = [name for one in lists for name in re.findall("``([a-z_]+)``", one)]
+    assert sorted(named) == sorted(Trace.__dataclass_fields__)
 
 
 def test_depths_follow_the_parents() -> None:
