@@ -84,7 +84,7 @@ def step_table(
             param_hint="--tokens",
         )
     try:
-        known = texts_of(prompts) if prompts else BUILT_IN
+        known = texts_of(prompts) if prompts else list(BUILT_IN)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--prompts") from error
     llm = in_process_llm(

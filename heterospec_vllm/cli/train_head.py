@@ -3,17 +3,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from heterospec_vllm.prompts import texts_of
+from heterospec_vllm.training import inputs
 
 if TYPE_CHECKING:
     import torch
 
-    from heterospec_vllm.training.loop import HeldOut, Trainer
+STORE = "store"  # where answers are collected; further `store*` folders are trained on too
 
 
+@contextmanager
+def _one_sentence_errors() -> Iterator[None]:
+    try:
+        yield
+    except inputs.InputError as error:
+        raise typer.BadParameter(str(error), param_hint=error.option) from error
+
+
+@_one_sentence_errors()
 def train_head(
     target: Annotated[
         Path,
@@ -26,8 +40,8 @@ def train_head(
         typer.Option(
             exists=True,
             dir_okay=False,
-            help="JSONL, a prompt a line: `id`, and `prompt` or `turns` (the first is used). "
-            "With --evaluate: the prompt files to measure on; may be repeated.",
+            help="JSONL, a prompt a line: `prompt` or `turns` (the first is used), and an `id` "
+            "if you like. With --evaluate: the prompt files to measure on; may be repeated.",
         ),
     ] = None,
     answers: Annotated[
@@ -43,10 +57,13 @@ def train_head(
     work: Annotated[
         Path,
         typer.Option(
-            help="Folder of answers and hidden states (`store*`) and of the training state."
+            file_okay=False,
+            help="Folder of answers and hidden states (`store*`) and of the training state.",
         ),
     ] = Path("head-work"),
-    output: Annotated[Path, typer.Option(help="The head is written here.")] = Path("head"),
+    output: Annotated[
+        Path, typer.Option(file_okay=False, help="The head is written to this folder.")
+    ] = Path("head"),
     collect_minutes: Annotated[
         float,
         typer.Option(min=0, help="Time for answering prompts; 0 trains on what --work holds."),
@@ -72,7 +89,8 @@ def train_head(
         ),
     ] = 3,
     step_decay: Annotated[
-        float, typer.Option(min=0.01, max=1, help="Loss weight of a step relative to the last.")
+        float,
+        typer.Option(min=0.01, max=1, help="Loss weight of a step relative to the step before."),
     ] = 1.0,
     draft_vocab_size: Annotated[
         int, typer.Option(min=16, help="Draft words: the most frequent tokens of the answers.")
@@ -112,8 +130,13 @@ def train_head(
     threads: Annotated[
         int, typer.Option(min=0, help="Torch threads of the trainer; 0 leaves it to torch.")
     ] = 0,
-    checkpoint_minutes: Annotated[float, typer.Option(min=0.1)] = 5.0,
-    seed: int = 0,
+    checkpoint_minutes: Annotated[
+        float,
+        typer.Option(min=0.1, help="Time between two checkpoints; each also writes the head."),
+    ] = 5.0,
+    seed: Annotated[
+        int, typer.Option(help="Of the order of prompts and batches, and of sampled answers.")
+    ] = 0,
     evaluate: Annotated[
         Path | None,
         typer.Option(
@@ -150,30 +173,30 @@ def train_head(
         _evaluate(target, evaluate, prompts or [], max_tokens, limit)
         return
     if minutes is not None and epochs is not None:
-        raise typer.BadParameter("give --minutes or --epochs, not both")
-    tap_layers = _tap_layers(target, taps)
+        raise typer.BadParameter(
+            "found both, allowed: --minutes or --epochs", param_hint="--epochs"
+        )
+    config = inputs.target_config(target)
+    inputs.check_kv_heads(config, kv_heads)
+    inputs.check_files(prompts if collect_minutes > 0 else None, answers)
+    tap_layers = _tap_layers(config["num_hidden_layers"], taps)
     where, live = _where(device, features)
     answered = live and answers is not None  # then nothing has to be collected
-    store = work / "store"
-    if collect_minutes > 0 and (prompts or not (resume or answered)):
-        if where.type == "cuda":
-            raise typer.BadParameter(
-                "answers are collected on CPUs only; on a GPU give --answers FILE "
-                "(tools/answer_on_gpu.py writes one) and no --prompts"
-            )
-        if not prompts or len(prompts) != 1:
-            raise typer.BadParameter(
-                "one --prompts FILE is needed to collect answers (JSONL with `id` and `prompt` or "
-                "`turns`); with --collect-minutes 0 the answers already in --work are used"
-            )
+    collects = collect_minutes > 0 and bool(prompts or not (resume or answered))
+    _check_work(work, target, config, tap_layers, resume=resume, collects=collects, live=live)
+    if collects:
         _collect(
-            target, prompts[0], answers, store, tap_layers, collect_minutes, max_tokens,
-            greedy_share, seed,
+            target, config, _only(prompts, where), answers, work / STORE, tap_layers,
+            collect_minutes, max_tokens, greedy_share, seed,
         )  # fmt: skip
-    stores = sorted(path for path in work.glob("store*") if path.is_dir())
+    stores = _stores(work)
     if not stores and not answered:
-        raise typer.BadParameter(f"--work {work} holds no answers: collect some first")
+        raise typer.BadParameter(
+            f"{work} holds no answers, allowed: a folder of answers, or --prompts to collect some",
+            param_hint="--work",
+        )
     from heterospec_vllm.training import recipe
+    from heterospec_vllm.training.display import Display
     from heterospec_vllm.training.loop import TrainOptions
 
     _set_up_torch(threads)
@@ -190,7 +213,7 @@ def train_head(
         seed=seed,
         checkpoint_minutes=checkpoint_minutes,
     )
-    with _Display() as display:
+    with Display() as display:
         recipe.train(
             target,
             recipe.Material(stores, [answers] if answers else [], max_sequence, where, live),
@@ -212,13 +235,19 @@ def _where(device: str, features: str) -> tuple[torch.device, bool]:
     import torch
 
     if device not in ("auto", "cpu", "cuda"):
-        raise typer.BadParameter(f"--device: found {device!r}, allowed: auto, cpu, cuda")
+        raise typer.BadParameter(
+            f"found {device!r}, allowed: auto, cpu, cuda", param_hint="--device"
+        )
     if features not in ("auto", "stored", "live"):
-        raise typer.BadParameter(f"--features: found {features!r}, allowed: auto, stored, live")
+        raise typer.BadParameter(
+            f"found {features!r}, allowed: auto, stored, live", param_hint="--features"
+        )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter("--device cuda: torch finds no GPU here")
+        raise typer.BadParameter(
+            "found no GPU for torch, allowed: auto, cpu", param_hint="--device"
+        )
     return torch.device(device), features == "live" or (features == "auto" and device == "cuda")
 
 
@@ -234,52 +263,8 @@ def _set_up_torch(threads: int) -> None:
         torch.distributed.init_process_group("gloo")
 
 
-class _Display:
-    """A progress bar with the time left; on a pipe rich prints the held-out lines only."""
-
-    def __init__(self) -> None:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self._bar = Progress(
-            TextColumn("step {task.fields[step]}"),
-            BarColumn(),
-            TextColumn("{task.percentage:.1f} %"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[rate]:.0f} tokens/s, loss {task.fields[loss]:.3f}"),
-        )
-        self._task = self._bar.add_task("train", total=1.0, step=0, rate=0.0, loss=0.0)
-        self._loss: float | None = None
-
-    def __enter__(self) -> _Display:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def step(self, trainer: Trainer, fraction: float, hits: list[float], loss: float) -> None:
-        self._loss = loss if self._loss is None else 0.95 * self._loss + 0.05 * loss
-        p = trainer.progress
-        self._bar.update(
-            self._task,
-            completed=fraction,
-            step=p.step,
-            rate=p.queries / max(p.seconds, 1e-9),
-            loss=self._loss,
-        )
-
-    def held_out(self, result: HeldOut) -> None:
-        rates = " / ".join(f"{rate:.3f}" for rate in result.acceptance)
-        self._bar.console.print(
-            f"held-out acceptance by position {rates} (loss {result.loss:.3f}, "
-            f"{result.queries} positions)"
-        )
-
-
-def _tap_layers(target: Path, taps: str) -> tuple[int, ...]:
-    import json
-
-    count = json.loads((target / "config.json").read_text())["num_hidden_layers"]
+def _tap_layers(count: int, taps: str) -> tuple[int, ...]:
+    """Of a target of ``count`` layers."""
     if not taps:
         return tuple(sorted({min(2, count), count // 2, min(count, count * 5 // 6 + 1), count}))
     try:
@@ -288,13 +273,63 @@ def _tap_layers(target: Path, taps: str) -> tuple[int, ...]:
         layers = ()
     if not layers or not all(0 <= layer <= count for layer in layers):
         raise typer.BadParameter(
-            f"--taps: comma separated layers from 0 to {count} are allowed, found {taps!r}"
+            f"found {taps!r}, allowed: comma separated layers from 0 to {count}",
+            param_hint="--taps",
         )
     return layers
 
 
+def _stores(work: Path) -> list[Path]:
+    """Folders that hold answers."""
+    files = work.glob("store*/sequences.jsonl")
+    return sorted(file.parent for file in files if file.stat().st_size)
+
+
+def _check_work(
+    work: Path,
+    target: Path,
+    config: dict[str, Any],
+    taps: tuple[int, ...],
+    *,
+    resume: bool,
+    collects: bool,
+    live: bool,
+) -> None:
+    """Refuses a folder that earlier runs with other options have left."""
+    from heterospec_vllm.training import capture, checkpoint
+
+    last = config["num_hidden_layers"]
+    if resume:
+        checkpoint.require_state(work)
+    if collects:
+        layers = sorted({*taps, last})
+        meta = capture.store_meta(str(target), layers, config["hidden_size"])
+        capture.require_same(work / STORE, meta)
+    for folder in [] if live else _stores(work):
+        if not (collects and folder.name == STORE):
+            capture.require_layers(folder, taps, last)
+
+
+def _only(prompts: list[Path] | None, where: torch.device) -> Path:
+    """The file to collect answers to."""
+    if where.type == "cuda":
+        raise typer.BadParameter(
+            "found cuda, where no prompts are answered, allowed: cpu, or --answers FILE "
+            "(tools/answer_on_gpu.py writes one) and no --prompts",
+            param_hint="--device",
+        )
+    if not prompts or len(prompts) != 1:
+        raise typer.BadParameter(
+            f"found {len(prompts or [])} files, allowed: one to collect answers to, or "
+            "--collect-minutes 0, which trains on the answers that --work holds",
+            param_hint="--prompts",
+        )
+    return prompts[0]
+
+
 def _collect(
     target: Path,
+    config: dict[str, Any],
     prompts: Path,
     answers: Path | None,
     store: Path,
@@ -304,15 +339,12 @@ def _collect(
     greedy_share: float,
     seed: int,
 ) -> None:
-    import json
-
     from rich.console import Console
     from transformers import AutoTokenizer
 
     from heterospec_vllm.training import capture
 
     console = Console()
-    config = json.loads((target / "config.json").read_text())
     layers = sorted({*taps, config["num_hidden_layers"]})
     jobs = capture.make_jobs(
         prompts,
@@ -341,16 +373,21 @@ def _evaluate(
     target: Path, head: Path, files: list[Path], max_tokens: int, limit: int | None
 ) -> None:
     if not files:
-        raise typer.BadParameter("--evaluate needs at least one --prompts FILE")
+        raise typer.BadParameter(
+            "found no file, allowed: one or more to measure --evaluate on", param_hint="--prompts"
+        )
+    inputs.require_config(target, "--target")
+    inputs.require_config(head, "--evaluate")
+    try:
+        sets = [(file.stem, texts_of(file)[:limit]) for file in files]
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--prompts") from error
     from rich.console import Console
     from rich.table import Table
 
     from heterospec_vllm.training.evaluate import measure, total
 
-    results = measure(
-        str(target), str(head), files,
-        num_speculative_tokens=4, max_tokens=max_tokens, limit=limit,
-    )  # fmt: skip
+    results = measure(str(target), str(head), sets, num_speculative_tokens=4, max_tokens=max_tokens)
     table = Table("prompts", "requests", "tokens", "drafts", "1", "2", "3", "4")
     for result in [*results, total(results)]:
         counts = (result.prompts, result.tokens, result.drafts)

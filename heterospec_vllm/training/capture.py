@@ -33,6 +33,7 @@ from typing import Any
 import torch
 
 from heterospec_vllm.prompts import chat_token_ids, text_of
+from heterospec_vllm.training.inputs import InputError, answer_lines, prompt_lines
 
 SEQUENCES = "sequences.jsonl"
 FEATURES = "features.bin"
@@ -51,19 +52,46 @@ class Job:
     temperature: float
 
 
+def store_meta(target: str, layers: list[int], hidden_size: int) -> dict[str, Any]:
+    return {"target": target, "layers": layers, "hidden_size": hidden_size, "dtype": "bfloat16"}
+
+
+def require_same(folder: Path, meta: dict[str, Any]) -> None:
+    """Refuses to add to a store that was begun with another ``meta``."""
+    path = folder / META
+    found = json.loads(path.read_text()) if path.exists() else meta
+    for name, option in (("target", "--target"), ("hidden_size", "--target"), ("layers", "--taps")):
+        if found[name] != meta[name]:
+            raise InputError(
+                option,
+                f"{path}: found {name} {found[name]!r}, allowed: {meta[name]!r}, which this run "
+                "asks for, so give the old options or another --work folder",
+            )
+
+
+def require_layers(folder: Path, taps: tuple[int, ...], last: int) -> None:
+    """Refuses to train on a store without the layers ``taps``, or whose last is not ``last``."""
+    path = folder / META
+    if not path.is_file():
+        raise InputError("--work", f"found no {path}, allowed: folders `store*` of earlier runs")
+    found = json.loads(path.read_text())["layers"]
+    if found[-1] != last or not {*taps} <= {*found}:
+        raise InputError(
+            "--taps",
+            f"{path}: found layers {found}, allowed: those of this run, {sorted({*taps, last})}, "
+            "so give the old --taps or another --work folder",
+        )
+
+
 class FeatureStore:
     """Append-only folder of sequences and their hidden states (format: module docstring)."""
 
     def __init__(self, folder: Path, target: str, layers: list[int], hidden_size: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.layers = layers
-        meta = {"target": target, "layers": layers, "hidden_size": hidden_size, "dtype": "bfloat16"}
-        path = folder / META
-        if path.exists():
-            found = json.loads(path.read_text())
-            if found != meta:
-                raise ValueError(f"{path} describes {found}, but this run needs {meta}")
-        path.write_text(json.dumps(meta))
+        meta = store_meta(target, layers, hidden_size)
+        require_same(folder, meta)
+        (folder / META).write_text(json.dumps(meta))
         self.row_bytes = len(layers) * hidden_size * 2
         self.done: set[str] = set()
         self.rows = 0
@@ -143,7 +171,7 @@ class HiddenStateTap:
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Lines of a JSONL file; nothing where it does not exist; a torn last line ends the file."""
+    """Lines of a file written here; nothing where it does not exist; a torn last line ends it."""
     if not path.exists():
         return
     with open(path) as lines:
@@ -164,7 +192,7 @@ def make_jobs(
 ) -> list[Job]:
     """Jobs in the order of collection: known answers first, then prompts, kinds interleaved."""
     rng = random.Random(seed)
-    known = {line["id"]: line for line in read_jsonl(answers)} if answers else {}
+    known = {line["id"]: line for line in answer_lines(answers)} if answers else {}
     jobs = [
         Job(i, a["p"], a["o"], a["t"])
         for i, a in known.items()
@@ -172,7 +200,7 @@ def make_jobs(
     ]
     rng.shuffle(jobs)
     kinds: dict[str, list[dict[str, Any]]] = {}
-    for line in read_jsonl(prompts):
+    for line in prompt_lines(prompts):
         if line["id"] not in known:
             kinds.setdefault(line.get("source", ""), []).append(line)
     order = []

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from heterospec_vllm.training.inputs import InputError
 from heterospec_vllm.training.model import Eagle3Head, HeadConfig
 
 STATE = "state.pt"
@@ -73,6 +74,14 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
     part = folder / (STATE + ".part")
     torch.save(state, part)
     os.replace(part, folder / STATE)
+
+
+def require_state(folder: Path) -> None:
+    path = folder / STATE
+    if not path.is_file():
+        raise InputError(
+            "--resume", f"found no {path}, allowed: the --work folder of a run that saved one"
+        )
 
 
 def load_state(folder: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import rms_norm
 
 from heterospec_vllm.training.capture import FEATURES, META, SEQUENCES, read_jsonl
+from heterospec_vllm.training.inputs import answer_lines
 from heterospec_vllm.training.model import Batch
 
 
@@ -94,12 +96,15 @@ def stored_sequences(folders: list[Path], *, max_tokens: int) -> Iterator[Sequen
             yield from _sequence(line, rows, max_tokens, store=number, row=line["row"])
 
 
-def answered_sequences(files: list[Path], *, max_tokens: int) -> Iterator[Sequence]:
-    """The same of files of answers (``id``, ``p``, ``o``, ``t``), whose hidden states are computed."""
-    for file in files:
-        for line in read_jsonl(file):
-            rows = min(len(line["p"]) + len(line["o"]), max_tokens)
-            yield from _sequence(line, rows, max_tokens)
+def answered_sequences(
+    files: list[Path], folders: Iterable[Path] = (), *, max_tokens: int
+) -> Iterator[Sequence]:
+    """The same of the user's files of answers and of stores, where hidden states are computed."""
+    given = [answer_lines(file) for file in files]
+    own = [read_jsonl(folder / SEQUENCES) for folder in folders]
+    for line in chain(*given, *own):
+        rows = min(len(line["p"]) + len(line["o"]), max_tokens)
+        yield from _sequence(line, rows, max_tokens)
 
 
 def _sequence(

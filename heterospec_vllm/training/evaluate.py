@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
-from heterospec_vllm.prompts import texts_of
+from heterospec_vllm.prompts import chat_token_ids
+
+MAX_MODEL_LEN = 2048
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,14 @@ class Acceptance:
 def measure(
     target: str,
     head: str,
-    files: list[Path],
+    sets: list[tuple[str, list[str]]],
     *,
     num_speculative_tokens: int,
     max_tokens: int,
-    limit: int | None,
 ) -> list[Acceptance]:
-    """One entry per prompt file: chat template, temperature 0, the chain of stock ``eagle3``.
+    """One entry per set (name, prompts): temperature 0, the chain of stock ``eagle3``.
+
+    Prompts go through the target's chat template, if it has one.
 
     The engine is vLLM's without our plugin's method; the counters are those it also exports as
     ``vllm:spec_decode_*`` metrics.
@@ -46,7 +48,7 @@ def measure(
     llm = LLM(
         target,
         dtype="bfloat16",
-        max_model_len=2048,
+        max_model_len=MAX_MODEL_LEN,
         max_num_seqs=16,
         disable_log_stats=False,
         seed=0,
@@ -59,14 +61,15 @@ def measure(
     sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens)
     results = []
     before = _counters(llm, num_speculative_tokens)
-    for file in files:
-        conversations = [[{"role": "user", "content": text}] for text in texts_of(file)][:limit]
-        outputs = llm.chat(conversations, sampling, use_tqdm=False)
+    for name, texts in sets:
+        ids = chat_token_ids(llm.get_tokenizer(), texts, MAX_MODEL_LEN - 1)
+        inputs = [{"prompt_token_ids": one} for one in ids]
+        outputs = llm.generate(inputs, sampling, use_tqdm=False)
         after = _counters(llm, num_speculative_tokens)
         drafts, *accepted = (new - old for new, old in zip(after, before, strict=True))
         before = after
         tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
-        results.append(Acceptance(file.stem, len(outputs), tokens, drafts, accepted))
+        results.append(Acceptance(name, len(outputs), tokens, drafts, accepted))
     return results
 
 

@@ -28,6 +28,15 @@ def load_tensors(folder: Path, names: list[str]) -> dict[str, Tensor]:
     return found
 
 
+def special_tokens(config: dict) -> list[int]:
+    """Ids of bos and eos in a ``config.json``: each a number, a list of them, null or absent."""
+    found: list[int] = []
+    for name in ("bos_token_id", "eos_token_id"):
+        ids = config.get(name)
+        found += ids if isinstance(ids, list) else [] if ids is None else [ids]
+    return found
+
+
 def draft_vocabulary(counts: Counter[int], special: list[int], size: int, vocab: int) -> Tensor:
     """The ``size`` most frequent answer tokens and the special ones, as sorted target ids."""
     order = [token for token, _ in counts.most_common()]
@@ -113,6 +122,7 @@ def fit_fc(head: Eagle3Head, features: Tensor, goal: Tensor, ridge: float = 1e-2
 
 def head_config(target: dict, taps: tuple[int, ...], draft_vocab: int, **changes) -> HeadConfig:
     heads = target["num_attention_heads"]
+    rope = target.get("rope_parameters") or {}  # where transformers 5 writes it
     fields = dict(
         hidden_size=target["hidden_size"],
         intermediate_size=target["intermediate_size"],
@@ -122,7 +132,7 @@ def head_config(target: dict, taps: tuple[int, ...], draft_vocab: int, **changes
         vocab_size=target["vocab_size"],
         draft_vocab_size=draft_vocab,
         rms_norm_eps=target["rms_norm_eps"],
-        rope_theta=target["rope_theta"],
+        rope_theta=target.get("rope_theta") or rope.get("rope_theta", 10000.0),
         max_position_embeddings=target["max_position_embeddings"],
         taps=taps,
         fc_norm=True,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from heterospec_vllm.training import checkpoint
 from heterospec_vllm.training.data import Corpus, Sequence, Target, plan
+from heterospec_vllm.training.inputs import InputError
 from heterospec_vllm.training.model import Eagle3Head
 
 
@@ -88,6 +89,7 @@ class Trainer:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
+        self._require_fitting(state)
         self.head.load_state_dict(state["head"])
         self.average = {name: p.to(self.device) for name, p in state["average"].items()}
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
@@ -97,6 +99,25 @@ class Trainer:
                 group["base_lr"] = rate  # a resumed run may ask for another one
         self.progress = Progress(**state["progress"])
         torch.set_rng_state(state["rng"])
+
+    def _require_fitting(self, state: dict[str, Any]) -> None:
+        """Refuses the state of a run with other options."""
+        path = self.work / checkpoint.STATE
+        for name, weights in self.head.state_dict().items():
+            found = tuple(state["head"][name].shape) if name in state["head"] else None
+            if found != tuple(weights.shape):
+                raise InputError(
+                    "--resume",
+                    f"{path}: found {name} of shape {found}, allowed: {tuple(weights.shape)}, "
+                    "which this run's --target, --taps and --kv-heads ask for",
+                )
+        if len(state["optimizers"]) != len(self.optimizers):
+            rate = self.options.matrix_learning_rate
+            allowed = "0" if rate > 0 else "more than 0"
+            raise InputError(
+                "--matrix-learning-rate",
+                f"found {rate}, allowed: {allowed}, which {path} was begun with",
+            )
 
     def fraction(self, groups: int) -> float:
         """Part of the schedule done, 0 to 1."""
@@ -144,7 +165,11 @@ class Trainer:
         groups = plan(corpus.train, self.options.batch_tokens, self._epoch_seed())
         share = groups[self.rank :: self.workers][: len(groups) // self.workers]
         if not share:
-            raise ValueError(f"{len(groups)} batches are too few for {self.workers} worker(s)")
+            raise InputError(
+                "--batch-tokens",
+                f"found {self.options.batch_tokens}, which makes {len(groups)} batches, allowed: "
+                f"a number that makes one or more for each of {self.workers} workers",
+            )
         return share
 
     def _between_syncs(self) -> bool:

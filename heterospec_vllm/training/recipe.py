@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from heterospec_vllm.training import checkpoint
-from heterospec_vllm.training.capture import SEQUENCES, read_jsonl
 from heterospec_vllm.training.data import (
     Corpus,
     StoredFeatures,
@@ -29,7 +28,9 @@ from heterospec_vllm.training.init import (
     head_config,
     init_from_target,
     load_target,
+    special_tokens,
 )
+from heterospec_vllm.training.inputs import InputError, answer_lines
 from heterospec_vllm.training.live import LiveFeatures
 from heterospec_vllm.training.loop import HeldOut, Trainer, TrainOptions
 from heterospec_vllm.training.model import Eagle3Head
@@ -58,8 +59,7 @@ class Material:
             # Read before the features are mapped: a growing store writes those first.
             stored = list(stored_sequences(self.stores, max_tokens=self.max_tokens))
             return Corpus(stored, StoredFeatures(self.stores), held_out=HELD_OUT)
-        files = [*self.answers, *(store / SEQUENCES for store in self.stores)]
-        sequences = answered_sequences(files, max_tokens=self.max_tokens)
+        sequences = answered_sequences(self.answers, self.stores, max_tokens=self.max_tokens)
         features = LiveFeatures(target_folder, layers, self.device, torch.bfloat16)
         return Corpus(sequences, features, held_out=HELD_OUT)
 
@@ -72,7 +72,7 @@ def choose_vocabulary(
     if not path.exists():
         counts: Counter[int] = corpus.answer_counts()
         for file in answers:
-            for line in read_jsonl(file):
+            for line in answer_lines(file):
                 counts.update(line["o"])
         path.write_text(json.dumps(draft_vocabulary(counts, special, size, vocab).tolist()))
     return torch.tensor(json.loads(path.read_text()))
@@ -118,16 +118,22 @@ def train(
     config = json.loads((target_folder / "config.json").read_text())
     layers = sorted({*taps, config["num_hidden_layers"]})
     corpus = material.corpus(target_folder, layers)
+    if not corpus.train:
+        raise InputError(
+            "--max-sequence",
+            f"found {material.max_tokens}, which leaves no answer to train on "
+            f"({len(corpus.held_out)} held out), allowed: more tokens than the prompts have, and "
+            "more than a few answers",
+        )
 
     def reload() -> Corpus:
         return corpus if material.live else material.corpus(target_folder, layers)
 
-    special = [config[name] for name in ("bos_token_id", "eos_token_id")]
     draft_ids = choose_vocabulary(
         work,
         corpus,
         [] if material.live else material.answers,  # else they are in the corpus
-        special,
+        special_tokens(config),
         draft_vocab_size,
         config["vocab_size"],
     )
