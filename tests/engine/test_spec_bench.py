@@ -103,7 +103,11 @@ def _run(name: str, prompts, sampling, batch: int | None = None) -> dict[str, An
 def _plain_and_ours(models, runs, folder: Path, **arguments: Any) -> list[dict[str, Any]]:
     """The same runs in an engine without and in one with speculation."""
     return [
-        run_engine({"engine": _engine(models, speculate, **arguments), "runs": runs}, folder / name)
+        run_engine(
+            {"engine": _engine(models, speculate, **arguments), "runs": runs},
+            folder / name,
+            timeout=7200,
+        )
         for name, speculate in (("plain", False), ("ours", True))
     ]
 
