@@ -22,6 +22,9 @@ from heterospec_vllm.tree import Floats, Ints
 from heterospec_vllm.tree_drafter import Frontier, HeadContext, TreeDrafter
 from heterospec_vllm.true_tokens import TrueTokens, slots_of, split_last
 
+# Tokens whose keys are computed together: enough for the products, few enough for the caches.
+KEY_ROWS = 512
+
 
 class HeteroSpecProposer(TreeDrafter, EagleProposer):
     """Drafts trees with vLLM's own EAGLE-3 proposer: its loading, weight sharing, buffers and first pass."""
@@ -99,13 +102,15 @@ class HeteroSpecProposer(TreeDrafter, EagleProposer):
         if len(tokens.token_ids) == tokens.num_tokens.size:
             return tokens
         earlier, last = split_last(tokens)
+        slots = slots_of(tokens, self.block_size)
         with CLOCK.span("head keys"):
-            fused.store_keys(
-                token_ids=tokens.token_ids[earlier + 1],
-                positions=tokens.positions[earlier],
-                hidden=self._fuse_taps(tokens.features[earlier]),
-                slots=slots_of(tokens, self.block_size)[earlier],
-            )
+            for rows in earlier.split(KEY_ROWS):
+                fused.store_keys(
+                    token_ids=tokens.token_ids[rows + 1],
+                    positions=tokens.positions[rows],
+                    hidden=self._fuse_taps(tokens.features[rows]),
+                    slots=slots[rows],
+                )
         return last
 
     def _fused_first_pass(self, fused: FusedHead, tokens: TrueTokens) -> HeadContext:

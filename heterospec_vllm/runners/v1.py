@@ -277,10 +277,14 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
         starts = self.query_start_loc.np[: num_reqs + 1].astype(np.int64)
         rows, num_tokens = true_rows(self._step, starts)
         index = torch.from_numpy(rows)
+        if self._step.walked is None:  # all rows, so the taps are copied once, side by side
+            taps = [hidden[: rows.size] for hidden in aux_hidden_states]
+        else:
+            taps = [hidden[index] for hidden in aux_hidden_states]
         return TrueTokens(
             token_ids=self.input_ids.gpu[index],
             positions=self.positions[index],
-            features=torch.cat([hidden[index] for hidden in aux_hidden_states], dim=-1),
+            features=torch.cat(taps, dim=-1),
             num_tokens=num_tokens,
             next_token_ids=next_token_ids,
             block_table=common_attn_metadata.block_table_tensor[:num_reqs],
