@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import time
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +16,7 @@ from rich.progress import track
 from rich.table import Table
 
 from heterospec_vllm.cli.engine import EnforceEager, HeadOption, TargetOption, in_process_llm
+from heterospec_vllm.cli.extras import require_extra
 from heterospec_vllm.cli.files import check_output
 from heterospec_vllm.cli.sizes import sizes_of
 from heterospec_vllm.prompts import BUILT_IN, chat_token_ids, texts_of
@@ -81,7 +81,7 @@ def calibrate(
     check_output(output, "--output")
     check_output(picture, "--picture", ".png")
     check_output(trace, "--trace", ".npz")
-    _require_libraries()
+    require_extra("calibrate", "sklearn", "matplotlib")
     console = Console()
     try:
         texts = [text for path in prompts for text in texts_of(path)] if prompts else list(BUILT_IN)
@@ -122,16 +122,6 @@ def calibrate(
     calibration.draw_reliability(fit.held_out, fit.survivals, picture)
     _print(console, fit, costs)
     console.print(f"profile: {output}   reliability diagram: {picture}")
-
-
-def _require_libraries() -> None:
-    """Says what to install before minutes are spent on tracing."""
-    for name in ("sklearn", "matplotlib"):
-        if find_spec(name) is None:
-            raise typer.BadParameter(
-                f"found no library {name}, allowed: an installation with the extra `calibrate` "
-                "(pip install 'heterospec-vllm[calibrate]')"
-            )
 
 
 def _trace(llm: Any, ids: list[list[int]], tokens: int, batch: int, sampled: bool) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +14,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from heterospec_vllm.cli.engine import EnforceEager, HeadOption, TargetOption, in_process_llm
+from heterospec_vllm.cli.extras import require_extra
 from heterospec_vllm.cli.files import check_output
 from heterospec_vllm.prompts import chat_token_ids
 
@@ -68,12 +68,8 @@ def explain(
     """
     check_output(svg, "--svg", ".svg")
     check_output(png, "--png", ".png")
-    if png is not None and find_spec("matplotlib") is None:
-        raise typer.BadParameter(
-            "found no library matplotlib, allowed: an installation with the extra `calibrate` "
-            "(pip install 'heterospec-vllm[calibrate]')",
-            param_hint="--png",
-        )
+    if png is not None:
+        require_extra("calibrate", "matplotlib", option="--png")
     from heterospec_vllm.step_picture import draw_steps
     from heterospec_vllm.steps import read_steps
 

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+
+from heterospec_vllm.cli.extras import require_extra
 
 
 def report(
@@ -33,7 +34,7 @@ def report(
     The page is one file without scripts or links to a network. Where answers differ from plain
     decoding's no timing is shown; losses are listed first.
     """
-    _require_libraries()
+    require_extra("bench", "jinja2", "matplotlib", "pandas", "scipy")
     from heterospec_vllm.bench.report import PAGE, write_report
 
     try:
@@ -41,12 +42,3 @@ def report(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     Console().print(f"report: {output / PAGE}")
-
-
-def _require_libraries() -> None:
-    for name in ("jinja2", "matplotlib", "pandas", "scipy"):
-        if find_spec(name) is None:
-            raise typer.BadParameter(
-                f"found no library {name}, allowed: an installation with the extra `bench` "
-                "(pip install 'heterospec-vllm[bench]')"
-            )

@@ -83,9 +83,12 @@ class SpeculatingRunner:
     def counters(self) -> StepCounters:
         return self.controller.counters
 
+    def prepare_drafting(self) -> None:
+        """What the first drafts would otherwise wait for; once, when the engine is warm."""
+        self._drafter.prepare()
+
     def start_policy(self) -> None:
         """The configured policy, once the engine is warm."""
-        self._drafter.prepare()
         self.set_policy(self._config.policy)
 
     def set_policy(self, policy: str, **options: Any) -> None:

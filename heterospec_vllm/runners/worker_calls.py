@@ -18,6 +18,7 @@ class WorkerCalls:
     def compile_or_warm_up_model(self, *args: Any, **kwargs: Any) -> Any:
         """Costs are measured on the warm engine, so the policy starts last."""
         result = super().compile_or_warm_up_model(*args, **kwargs)  # type: ignore[misc]
+        self.model_runner.prepare_drafting()
         self.model_runner.start_policy()
         return result
 
