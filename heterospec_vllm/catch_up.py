@@ -2,11 +2,9 @@
 """What the draft head has seen of each request, and the tap states of what it has not.
 
 While nothing is drafted the head does not run. The tokens that pass it by are kept with their tap states, and one
-batched pass brings the head up to date when drafting resumes. The memory is bounded: requests whose oldest kept tokens
-had to go can never catch up and decode plainly to their end.
-
-The same record answers whether a prefix-cache hit can be used: a block that was filled without the head is marked, and
-a request that starts on such a block decodes plainly.
+batched pass brings the head up to date when drafting resumes. The memory is bounded, and blocks of the prefix cache
+may have been filled without the head. In both cases its context of a request begins late: at the first block behind
+all that it has not seen. Drafts get worse by what it misses, answers do not change.
 """
 
 from __future__ import annotations
@@ -19,11 +17,10 @@ import torch
 
 from heterospec_vllm.policy import Bools
 from heterospec_vllm.tree import Ints
-from heterospec_vllm.true_tokens import TrueTokens, blocks_of
+from heterospec_vllm.true_tokens import TrueTokens, blocks_of, with_context_starts
 
-UNSEEN_PREFIX = "prefix_unseen_by_head"
-SKIPPED_TOO_LONG = "skipped_too_long"
 MAX_KEPT_BYTES = 256 * 2**20
+Piece = tuple[torch.Tensor, ...]  # token ids, positions and features of consecutive tokens
 
 
 @dataclass
@@ -60,34 +57,43 @@ class HeadProgress:
         self._kept_bytes = 0
         self._next: dict[str, int] = {}  # position of the next token of each followed request
         self._pending: dict[str, int] = {}  # kept tokens of each request
-        self._lost: dict[str, str] = {}  # requests that cannot be followed, and why
+        # Where the head's context begins, at a block's start, of requests whose first tokens it has not seen.
+        self._starts: dict[str, int] = {}
+        self.num_late = 0  # requests that got such a start, for whoever counts them
 
     def pending(self, req_id: str) -> int:
-        """Tokens that the head has to catch up on before it can draft for a request."""
+        """Kept tokens of a request: what the head has to catch up on before it can draft for it."""
         return self._pending.get(req_id, 0)
 
-    def lost(self, req_id: str) -> str | None:
-        """Why the head cannot follow a request any more, or None."""
-        return self._lost.get(req_id)
+    def context_start(self, req_id: str) -> int:
+        """The position at which the head's context of a request begins."""
+        return self._starts.get(req_id, 0)
 
     def follow(
         self,
         req_ids: list[str],
         tokens: TrueTokens,
-        fed: Bools,  # [num_reqs] requests whose tokens the head will get in this step, if it can follow them
-    ) -> None:
-        """Meet the step's requests: new ones with their prefix, and those that were preempted and start over."""
+        fed: Bools,  # [num_reqs] requests whose tokens the head will get in this step
+    ) -> Bools:
+        """Meet the step's requests: new ones with their prefix, and those that were preempted and start over.
+
+        [num_reqs] whether the head's context of a request has begun by the end of the step; until then there is
+        nothing to feed or keep.
+        """
         ends = np.cumsum(tokens.num_tokens)
         first = tokens.positions.cpu().numpy()[ends - tokens.num_tokens].tolist()
         starting = {
             req_id
             for req_id, position in zip(req_ids, first, strict=True)
-            if self._next.get(req_id) != position and req_id not in self._lost
+            if self._next.get(req_id) != position
         }
         if starting:
             self._meet(starting, req_ids, tokens, first, fed)
         for req_id, position, count in zip(req_ids, first, tokens.num_tokens.tolist(), strict=True):
             self._next[req_id] = position + count
+        if not self._starts:
+            return np.ones(len(req_ids), dtype=np.bool_)
+        return np.array([self._next[req_id] > self.context_start(req_id) for req_id in req_ids])
 
     def _meet(
         self, starting: set[str], req_ids: list[str], tokens: TrueTokens, first: list[int], fed
@@ -103,14 +109,22 @@ class HeadProgress:
             if req_ids[i] in starting:
                 self._start_over(req_ids[i], first[i], tokens.block_table[i])
             own = blocks[ends[i] - int(tokens.num_tokens[i]) : ends[i]]
-            self._seen_blocks[own] = bool(fed[i]) and req_ids[i] not in self._lost
+            unread = max(0, self.context_start(req_ids[i]) - first[i])
+            self._seen_blocks[own] = bool(fed[i])
+            self._seen_blocks[own[:unread]] = False
 
     def _start_over(self, req_id: str, position: int, blocks: torch.Tensor) -> None:
         self._let_go(req_id)
+        self._starts.pop(req_id, None)
         num_blocks = -(-position // self._block_size)
-        prefix = blocks[:num_blocks].cpu().numpy()
-        if not self._seen_blocks[prefix].all():
-            self._lost[req_id] = UNSEEN_PREFIX
+        unseen = np.flatnonzero(~self._seen_blocks[blocks[:num_blocks].cpu().numpy()])
+        if unseen.size:
+            self._begin(req_id, int(unseen[-1]) + 1)
+
+    def _begin(self, req_id: str, num_blocks: int) -> None:
+        """The head's context of a request begins behind so many blocks."""
+        self.num_late += req_id not in self._starts
+        self._starts[req_id] = num_blocks * self._block_size
 
     def advance(
         self,
@@ -126,14 +140,16 @@ class HeadProgress:
         chosen = [req_ids[i] for i in fed]
         # First, as keeping others' tokens may push the oldest out.
         pieces = self._kept_of([r for r in chosen if r in self._pending])
+        context_starts = np.array([self.context_start(r) for r in chosen])
         if not feed.all():
             self._skip(req_ids, tokens, starts, ends, feed, keep)
         if not chosen:
             return None
-        if pieces or not feed.all():
-            tokens = _gather(chosen, tokens, fed, starts, ends, pieces)
+        if pieces or not feed.all() or context_starts.any():
+            nexts = np.array([self._next[r] for r in chosen])
+            tokens = _gather(chosen, tokens, fed, starts, ends, pieces, nexts, context_starts)
         self._mark(tokens, seen=True)
-        return tokens
+        return with_context_starts(tokens, context_starts, self._block_size)
 
     def _skip(self, req_ids, tokens: TrueTokens, starts: Ints, ends: Ints, feed, keep) -> None:
         self._mark(tokens, seen=False, rows=np.repeat(~feed, tokens.num_tokens))
@@ -163,10 +179,14 @@ class HeadProgress:
             self._forget(self._kept.popleft())
 
     def _forget(self, record: _Kept) -> None:
+        """The head's context of the record's requests will begin in the block after it."""
         self._kept_bytes -= record.features.nbytes
-        for req_id in record.first_row:
-            self._lost[req_id] = SKIPPED_TOO_LONG
-            self._let_go(req_id)
+        positions = record.positions.cpu().numpy()
+        for req_id, (first, stop) in record.first_row.items():
+            self._begin(req_id, int(positions[stop - 1]) // self._block_size + 1)
+            self._pending[req_id] -= stop - first
+            if not self._pending[req_id]:
+                del self._pending[req_id]
 
     def _let_go(self, req_id: str) -> None:
         """Drops the kept tokens of a request."""
@@ -175,11 +195,9 @@ class HeadProgress:
                 record.first_row.pop(req_id, None)
             self._drop_empty()
 
-    def _kept_of(
-        self, req_ids: list[str]
-    ) -> dict[str, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
+    def _kept_of(self, req_ids: list[str]) -> dict[str, list[Piece]]:
         """Takes the kept tokens of some requests out of the record."""
-        pieces: dict[str, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = {}
+        pieces: dict[str, list[Piece]] = {}
         if not req_ids:
             return pieces
         for record in self._kept:
@@ -206,7 +224,7 @@ class HeadProgress:
     def remove(self, req_id: str) -> None:
         """A request has left the engine."""
         self._next.pop(req_id, None)
-        self._lost.pop(req_id, None)
+        self._starts.pop(req_id, None)
         self._let_go(req_id)
 
 
@@ -216,17 +234,23 @@ def _gather(
     fed: Ints,  # [num_fed] places in the step
     starts: Ints,
     ends: Ints,
-    pieces: dict[str, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]],
+    pieces: dict[str, list[Piece]],
+    nexts: Ints,  # [num_fed] position after each request's last token
+    context_starts: Ints,  # [num_fed]
 ) -> TrueTokens:
-    """The tokens of some requests of the step, each after its kept pieces."""
-    parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    """The tokens of some requests of the step, each after its kept pieces, none from before its context starts."""
+    parts: list[Piece] = []
     counts = []
-    for req_id, place in zip(req_ids, fed.tolist(), strict=True):
+    for req_id, place, end, begin in zip(req_ids, fed.tolist(), nexts, context_starts, strict=True):
         rows = slice(int(starts[place]), int(ends[place]))
         own = tokens.token_ids[rows], tokens.positions[rows], tokens.features[rows]
         mine = [*pieces.get(req_id, ()), own]
-        parts += mine
-        counts.append(sum(len(part[0]) for part in mine))
+        count = sum(len(part[0]) for part in mine)
+        skip = max(0, int(begin - (end - count)))
+        counts.append(count - skip)
+        for part in mine:
+            parts.append(tuple(column[skip:] for column in part))
+            skip = max(0, skip - len(part[0]))
     token_ids, positions, features = (torch.cat(column) for column in zip(*parts, strict=True))
     index = torch.from_numpy(fed)
     return TrueTokens(
@@ -236,4 +260,5 @@ def _gather(
         num_tokens=np.array(counts),
         next_token_ids=tokens.next_token_ids[index],
         block_table=tokens.block_table[index],
+        context_starts=np.zeros_like(fed),
     )

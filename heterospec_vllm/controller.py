@@ -17,7 +17,8 @@ import numpy as np
 from heterospec_vllm import tree_loops
 from heterospec_vllm.catch_up import HeadProgress
 from heterospec_vllm.metrics import StepCounters
-from heterospec_vllm.policies import Batch, Cycle, DraftPolicy, Scope
+from heterospec_vllm.policies import Batch, Cycle, Demand, DraftPolicy, Scope
+from heterospec_vllm.policy import Bools
 from heterospec_vllm.steps import StepRecorder
 from heterospec_vllm.survival import NodeFeatures
 from heterospec_vllm.timing import CLOCK
@@ -57,7 +58,7 @@ class _LastDraft:
     num_reqs: int
     seconds: float
     caught_up: bool  # tokens of earlier steps were in it
-    possible: bool  # for some request
+    everybody: bool  # that is drafted for at all was, and for some a draft was of use
 
 
 class Controller:
@@ -171,7 +172,9 @@ class Controller:
         only_decodes = num_tokens - self._num_verified == num_reqs == last.num_reqs
         if not only_decodes or last.caught_up or last.scope == "probe":
             return
-        if last.scope == "all" and not last.possible:  # plain steps, whatever was asked for
+        if (
+            last.scope == "all" and not last.everybody
+        ):  # plain decoding in it, whatever was asked for
             return
         self.policy.observe_cycle(
             Cycle(
@@ -189,8 +192,7 @@ class Controller:
         self,
         req_ids: list[str],
         tokens: TrueTokens,  # of the step, every request
-        limits: Ints,  # [num_reqs] most nodes of each request, 0 for one without a new token
-        followed: Ints,  # [num_reqs] 1 where the head has to know the request, 0 where it decodes plainly for good
+        demand: Demand,
         temperatures: Ints,  # [num_reqs]
         num_step_tokens: int,
     ) -> list[list[int]]:
@@ -207,18 +209,21 @@ class Controller:
         # Requests whose prompts are still read will decode, too: a burst is judged by all of them.
         with CLOCK.span("policy"):
             scope = self.policy.scope(len(req_ids), self._context)
-        self.progress.follow(req_ids, tokens, (followed > 0) & (scope == "all"))
-        lost = np.array([self.progress.lost(req_id) is not None for req_id in req_ids])
-        follow = (followed > 0) & ~lost
-        limits = np.where(follow, limits, 0)
-        feed = self._feed(scope, req_ids, follow, limits)
+            worth = self._is_worth_reading(scope, req_ids, tokens, demand)
+        reads = demand.followed & worth & (scope == "all")
+        follow = demand.followed & self.progress.follow(req_ids, tokens, reads)
+        worth &= follow
+        limits = demand.only(worth).limits
+        feed = self._feed(scope, req_ids, worth, limits)
         fed = self.progress.advance(req_ids, tokens, feed, follow)
         caught_up = 0
         if fed is not None:
-            caught_up = int(fed.num_tokens.sum() - tokens.num_tokens[feed].sum())
+            caught_up = max(0, int(fed.num_tokens.sum() - tokens.num_tokens[feed].sum()))
             self.counters.caught_up_tokens += caught_up
         if scope in ("none", "probe"):
             self.counters.seconds_off += start - self._clock.step
+        self.counters.late_contexts += self.progress.num_late
+        self.progress.num_late = 0
         self.counters.probes += scope == "probe"
         self.counters.pauses += scope == "pause"
         drafts: list[list[int]] = [[] for _ in req_ids]
@@ -226,16 +231,29 @@ class Controller:
             self._propose(req_ids, fed, feed, limits, temperatures, drafts)
         self._clock.end = time.perf_counter()
         seconds = self._clock.end - start
-        self._last_draft = _LastDraft(
-            scope, len(req_ids), seconds, caught_up > 0, bool(limits.any())
-        )
+        everybody = bool(limits.any() and (worth | ~demand.followed).all())
+        self._last_draft = _LastDraft(scope, len(req_ids), seconds, caught_up > 0, everybody)
         self.counters.seconds["draft"] += seconds
         return drafts
 
-    def _feed(self, scope: Scope, req_ids: list[str], follow, limits: Ints):
+    def _is_worth_reading(
+        self, scope: Scope, req_ids: list[str], tokens: TrueTokens, demand: Demand
+    ) -> Bools:
+        """[num_reqs] which requests the head should know, as far as the policy drafts for all."""
+        if scope != "all":
+            return np.ones(len(req_ids), dtype=np.bool_)
+        assert self.progress is not None
+        unread = tokens.num_tokens + np.array([self.progress.pending(r) for r in req_ids])
+        worth = self.policy.is_worth_reading(
+            unread, demand.tokens_left, len(req_ids), self._context
+        )
+        self.counters.unread_requests += int((demand.followed & ~worth).sum())
+        return worth
+
+    def _feed(self, scope: Scope, req_ids: list[str], worth: Bools, limits: Ints) -> Bools:
         """[num_reqs] whose tokens the head processes now."""
         if scope == "all":
-            return follow
+            return worth
         feed = np.zeros(len(req_ids), dtype=np.bool_)
         assert self.progress is not None
         if scope == "probe":

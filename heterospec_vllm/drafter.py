@@ -20,7 +20,7 @@ from heterospec_vllm.policies import DraftPolicy
 from heterospec_vllm.timing import CLOCK
 from heterospec_vllm.tree import Floats, Ints
 from heterospec_vllm.tree_drafter import Frontier, HeadContext, TreeDrafter
-from heterospec_vllm.true_tokens import TrueTokens, slots_of, split_last
+from heterospec_vllm.true_tokens import TrueTokens, context_offsets, slots_of, split_last
 
 # Tokens whose keys are computed together: enough for the products, few enough for the caches.
 KEY_ROWS = 512
@@ -71,10 +71,10 @@ class HeteroSpecProposer(TreeDrafter, EagleProposer):
     def _first_pass_of(self, tokens: TrueTokens) -> HeadContext:
         fused = self._fused
         if fused is not None:
-            if len(tokens.token_ids) > MAX_ROWS or not tokens.positions.all():
+            if len(tokens.token_ids) > MAX_ROWS or not context_offsets(tokens).all():
                 tokens = self._all_but_last_read(fused, tokens)
-            # The kernel looks back at pages at least; a prompt of one token has none.
-            if len(tokens.token_ids) <= MAX_ROWS and tokens.positions.all():
+            # The kernel looks back at pages at least; a context of one token has none.
+            if len(tokens.token_ids) <= MAX_ROWS and context_offsets(tokens).all():
                 return self._fused_first_pass(fused, tokens)
         num_tokens, last_rows, cad = self.set_inputs_first_pass(
             target_token_ids=tokens.token_ids,
@@ -115,9 +115,9 @@ class HeteroSpecProposer(TreeDrafter, EagleProposer):
 
     def _fused_first_pass(self, fused: FusedHead, tokens: TrueTokens) -> HeadContext:
         """As a level that is a chain, whose keys and values go into the pages, too."""
-        positions = tokens.positions
+        positions, offsets = tokens.positions, context_offsets(tokens)
         start, context_lens, before, slots = level_loops.true_rows(
-            tokens.num_tokens, positions.numpy(), tokens.block_table.numpy(), self.block_size
+            tokens.num_tokens, offsets.numpy(), tokens.block_table.numpy(), self.block_size
         )
         last = torch.from_numpy(start[1:] - 1)
         # The head takes each token's features with the token that followed it.
@@ -138,13 +138,12 @@ class HeteroSpecProposer(TreeDrafter, EagleProposer):
             tail_index=torch.from_numpy(before),
             slots=torch.from_numpy(slots),
         )
-        last_positions = positions[last]
         return HeadContext(
-            seq_lens=(last_positions + 1).int(),
+            seq_lens=(offsets[last] + 1).int(),
             block_table=tokens.block_table,
             normed=normed[last],
             hidden=hidden[last],
-            positions=last_positions,
+            positions=positions[last],
         )
 
     def _fused_forward(self, fused: FusedHead, **rows: Any) -> tuple[torch.Tensor, torch.Tensor]:

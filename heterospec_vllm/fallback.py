@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, Protocol
 
 from vllm.sampling_params import SamplingParams
@@ -61,8 +62,13 @@ def is_worth_drafting(params: SamplingParams, num_outputs: int, last_token: int 
     if num_outputs < params.min_tokens:
         # Stop tokens that are masked by position would differ between the nodes of a tree.
         return False
-    if params.max_tokens is not None and params.max_tokens - num_outputs <= 1:
+    if tokens_left(params, num_outputs) <= 1:
         return False  # the target's own next token is the last one
     return last_token is None or not (
         last_token == params.eos_token_id or last_token in (params.stop_token_ids or ())
     )
+
+
+def tokens_left(params: SamplingParams, num_outputs: int) -> int:
+    """The most tokens that a request may still emit after so many."""
+    return sys.maxsize if params.max_tokens is None else params.max_tokens - num_outputs

@@ -309,8 +309,8 @@ def best_prefix(
 @compiled("Tuple((i4[::1], i4[::1], i4[:,::1], i8[::1]))(i8[::1], i8[::1], i4[:,:], i8)")
 def true_rows(
     num_tokens,  # [num_reqs]
-    positions,  # [num_tokens] rising by one within a request
-    block_table,  # [num_reqs, max_blocks]
+    offsets,  # [num_tokens] from the start of the head's context, rising by one within a request
+    block_table,  # [num_reqs, max_blocks] from there
     block_size,
 ):
     """Where true tokens lie among the head's keys, as for nodes of a level that is a chain.
@@ -325,13 +325,13 @@ def true_rows(
     for req in range(num_reqs):
         start[req + 1] = start[req] + num_tokens[req]
         longest = max(longest, num_tokens[req])
-        context_lens[req] = positions[start[req]]
+        context_lens[req] = offsets[start[req]]
     before = np.full((start[num_reqs], longest), NO_ROW, np.int32)
     slots = np.empty(start[num_reqs], np.int64)
     for req in range(num_reqs):
         for row in range(start[req], start[req + 1]):
             for i in range(row - start[req] + 1):
                 before[row, i] = start[req] + i
-            block = block_table[req, positions[row] // block_size]
-            slots[row] = block * block_size + positions[row] % block_size
+            block = block_table[req, offsets[row] // block_size]
+            slots[row] = block * block_size + offsets[row] % block_size
     return start, context_lens, before, slots

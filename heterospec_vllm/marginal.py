@@ -50,6 +50,8 @@ class MarginalPolicy(DraftPolicy):
     )
     # Steps between two looks at whether speculation pays, while the batch stays as it is.
     gain_every = 8
+    # Tokens that the head reads without a question, and the fewest whose reading says what a token takes.
+    read_anyway, read_measured = 16, 128
 
     def __init__(
         self,
@@ -74,6 +76,7 @@ class MarginalPolicy(DraftPolicy):
         self._age, self._gain_reqs = 0, -1
         self._predicted = 1.0
         self._draft_seconds = 0.0
+        self._read_seconds = 0.0  # of a prompt's token, by the head; 0 until some were read
         self._num_reqs = 0  # for which the latest draft was chosen as the best; 0 for a probe
         ranks = np.arange(shape.top_k)
         # How much of a node's survival each child inherits, by temperature, depth, stratum and rank.
@@ -95,6 +98,14 @@ class MarginalPolicy(DraftPolicy):
             self._predicted = self.gain(num_reqs, context)
         self._scope = self.switch.scope(num_reqs, self._predicted)
         return self._scope
+
+    def is_worth_reading(self, num_unread, tokens_left, num_reqs, context) -> Bools:
+        """A long prompt before a short answer costs more to read than its drafts could save."""
+        gain = max(self.switch.start, self.switch.gain(num_reqs, self._predicted))
+        saved = self.costs.plain_step(num_reqs, context) / num_reqs * (1.0 - 1.0 / gain)
+        return (num_unread <= self.read_anyway) | (
+            num_unread * self._read_seconds <= tokens_left * saved
+        )
 
     def gain(self, num_reqs: int, context: float) -> float:
         """Expected rate with speculation relative to plain decoding for a batch of this size."""
@@ -210,6 +221,9 @@ class MarginalPolicy(DraftPolicy):
 
     def observe_first_pass(self, num_tokens: int, seconds: float) -> None:
         self.costs.first_pass.observe(num_tokens, seconds)
+        if num_tokens >= self.read_measured:
+            rate = 0.2 if self._read_seconds else 1.0
+            self._read_seconds += rate * (seconds / num_tokens - self._read_seconds)
 
     def observe_level(self, num_rows: int, seconds: float) -> None:
         self.costs.level.observe(num_rows, seconds)

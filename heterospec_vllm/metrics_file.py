@@ -46,8 +46,6 @@ FALLBACK_REASONS = (
     "bad_words",
     "thinking_token_budget",
     "switched_off",
-    "prefix_unseen_by_head",
-    "skipped_too_long",
 )
 MAX_DEPTH = 16  # the config's limit of max_depth
 
@@ -141,6 +139,17 @@ METRICS = (
         "caught_up_tokens",
         "caught_up_tokens",
         "Tokens that the head read later than in the step that emitted them.",
+    ),
+    _counter(
+        "late_contexts",
+        "late_contexts",
+        "Requests whose first tokens the draft head has not seen: drafts are worse, answers the same.",
+    ),
+    _counter(
+        "unread_requests",
+        "unread_requests",
+        "Requests, summed over steps, that decoded plainly because the head's reading them would cost more than it "
+        "could save (`marginal`).",
     ),
     _counter("probes", "probes", "Steps that drafted to measure while speculation was off."),
     _counter("pauses", "pauses", "Plain steps to measure while speculation was on."),

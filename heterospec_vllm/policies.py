@@ -8,7 +8,7 @@ tell it afterwards what was accepted and how long things took. ``plain``, ``chai
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -42,6 +42,19 @@ class Batch:
     context: float  # their tokens of context
     temperatures: Ints  # [num_drafting] 0 greedy, 1 sampled
     limits: Ints  # [num_drafting] most nodes of each request
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What the requests of a step could use."""
+
+    followed: Bools  # [num_reqs] False for one that decodes plainly for good
+    limits: Ints  # [num_reqs] most nodes of its next tree, 0 where a draft is of no use
+    tokens_left: Ints  # [num_reqs] the most it may still emit
+
+    def only(self, reqs: Bools) -> Demand:
+        """Without drafts for the others."""
+        return replace(self, limits=np.where(reqs, self.limits, 0))
 
 
 @dataclass(frozen=True)
@@ -84,6 +97,16 @@ class DraftPolicy:
     def scope(self, num_reqs: int, context: float) -> Scope:
         """For whom to draft after this step."""
         return "all"
+
+    def is_worth_reading(
+        self,
+        num_unread: Ints,  # [num_reqs] tokens that the head would have to read of each request now
+        tokens_left: Ints,  # [num_reqs] the most that it may still emit
+        num_reqs: int,
+        context: float,
+    ) -> Bools:
+        """[num_reqs] whether the head should know a request; the others decode plainly and are asked for again."""
+        return np.ones(num_unread.size, dtype=np.bool_)
 
     def survivals(
         self,

@@ -30,6 +30,7 @@ from heterospec_vllm.timing import CLOCK
 from heterospec_vllm.tree import CandidatePool, DraftTrees, Floats, Ints
 from heterospec_vllm.true_tokens import (
     TrueTokens,
+    context_offsets,
     parts_of,
     requests_of,
     slots_of,
@@ -226,6 +227,7 @@ class TreeDrafter:
                         num_tokens=np.array([most]),
                         next_token_ids=alone.token_ids[rows.stop : rows.stop + 1].int(),
                         block_table=alone.block_table,
+                        context_starts=alone.context_starts,
                     )
                 )
             tokens = without_start(tokens, req, rows.stop)
@@ -236,12 +238,12 @@ class TreeDrafter:
         return TapFusion(self.model)
 
     def _true_token_metadata(self, tokens: TrueTokens) -> CommonAttentionMetadata:
-        """Causal metadata over the true tokens; a token's slot follows from its position."""
+        """Causal metadata over the true tokens behind their requests' contexts."""
         num_tokens = tokens.num_tokens
         start = np.zeros(num_tokens.size + 1, dtype=np.int64)
         np.cumsum(num_tokens, out=start[1:])
         query_start_loc = torch.from_numpy(start).int()
-        seq_lens = (tokens.positions[torch.from_numpy(start[1:] - 1)] + 1).int()
+        seq_lens = (context_offsets(tokens)[torch.from_numpy(start[1:] - 1)] + 1).int()
         seq_lens_cpu = seq_lens.cpu()
         return CommonAttentionMetadata(
             query_start_loc=query_start_loc.to(self.device),
@@ -338,8 +340,8 @@ class TreeDrafter:
 class HeadContext:
     """What the first pass leaves for the levels: the prefix in the pages and the root's output."""
 
-    seq_lens: torch.Tensor  # [num_reqs] int32, true tokens in the head's pages
-    block_table: torch.Tensor  # [num_reqs, max_blocks] int32
+    seq_lens: torch.Tensor  # [num_reqs] int32, true tokens in the head's context
+    block_table: torch.Tensor  # [num_reqs, max_blocks] int32, from where it begins
     normed: torch.Tensor  # [num_reqs, hidden_size] for the logits of level 1
     hidden: torch.Tensor  # [num_reqs, hidden_size] fed back into level 1
     positions: torch.Tensor  # [num_reqs] of each request's last true token

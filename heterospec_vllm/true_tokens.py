@@ -20,19 +20,41 @@ class TrueTokens:
     features: torch.Tensor  # [num_tokens, num_taps * hidden_size], the target's tap states
     num_tokens: Ints  # [num_reqs], >= 1
     next_token_ids: torch.Tensor  # [num_reqs] int32, the token that follows each request's last one
-    block_table: torch.Tensor  # [num_reqs, max_blocks] int32
+    block_table: torch.Tensor  # [num_reqs, max_blocks] int32, from where the head's context begins
+    # [num_reqs] the position at which it begins, a block's first; most often 0.
+    context_starts: Ints
+
+
+def context_offsets(tokens: TrueTokens) -> torch.Tensor:
+    """[num_tokens] int64 how far each token lies behind the start of the head's context."""
+    if not tokens.context_starts.any():
+        return tokens.positions
+    starts = torch.from_numpy(np.repeat(tokens.context_starts, tokens.num_tokens))
+    return tokens.positions - starts.to(tokens.positions.device)
 
 
 def blocks_of(tokens: TrueTokens, block_size: int) -> torch.Tensor:
     """[num_tokens] int64 KV block of each token."""
     reqs = torch.from_numpy(np.repeat(np.arange(tokens.num_tokens.size), tokens.num_tokens))
-    positions = tokens.positions
-    return tokens.block_table[reqs.to(positions.device), positions // block_size].long()
+    offsets = context_offsets(tokens)
+    return tokens.block_table[reqs.to(offsets.device), offsets // block_size].long()
 
 
 def slots_of(tokens: TrueTokens, block_size: int) -> torch.Tensor:
     """[num_tokens] int64 KV slot of each token."""
     return blocks_of(tokens, block_size) * block_size + tokens.positions % block_size
+
+
+def with_context_starts(tokens: TrueTokens, starts: Ints, block_size: int) -> TrueTokens:
+    """The tokens with block tables that begin at ``starts`` ([num_reqs], multiples of the block size)."""
+    if not starts.any():
+        return tokens
+    table = tokens.block_table
+    shift = torch.from_numpy(starts // block_size).to(table.device)
+    columns = torch.arange(table.shape[1], device=table.device) + shift[:, None]
+    # What moves in from behind is never reached.
+    table = table.gather(1, columns.clamp(max=table.shape[1] - 1))
+    return replace(tokens, block_table=table, context_starts=starts)
 
 
 def parts_of(num_tokens: Ints, most: int) -> list[slice]:
@@ -58,6 +80,7 @@ def requests_of(tokens: TrueTokens, part: slice) -> TrueTokens:
         num_tokens=tokens.num_tokens[part],
         next_token_ids=tokens.next_token_ids[part],
         block_table=tokens.block_table[part],
+        context_starts=tokens.context_starts[part],
     )
 
 

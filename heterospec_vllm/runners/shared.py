@@ -22,19 +22,24 @@ from heterospec_vllm.config import (
 )
 from heterospec_vllm.controller import Controller
 from heterospec_vllm.cost import StepCosts
-from heterospec_vllm.fallback import Request, fallback_reason, is_worth_drafting, most_nodes
+from heterospec_vllm.fallback import (
+    Request,
+    fallback_reason,
+    is_worth_drafting,
+    most_nodes,
+    tokens_left,
+)
 from heterospec_vllm.marginal import make_policy
 from heterospec_vllm.metrics import StepCounters
 from heterospec_vllm.metrics_file import open_metrics_file
 from heterospec_vllm.metrics_multiprocess import open_multiprocess_metrics
-from heterospec_vllm.policies import DraftPolicy, PlainPolicy
+from heterospec_vllm.policies import Demand, DraftPolicy, PlainPolicy
 from heterospec_vllm.policy import TreeShape
 from heterospec_vllm.profile import load_profile, machine_name
 from heterospec_vllm.runners.measure import measure_costs
 from heterospec_vllm.runners.step import Step, with_drafts
 from heterospec_vllm.timing import CLOCK
 from heterospec_vllm.trace import CostRecorder, TracePolicy, TraceRecorder
-from heterospec_vllm.tree import Ints
 from heterospec_vllm.tree_drafter import TreeDrafter
 
 logger = init_logger(__name__)
@@ -185,28 +190,32 @@ class SpeculatingRunner:
 
     # ---- who is drafted for
 
-    def _max_nodes(
+    def _demand(
         self,
         req_ids: list[str],
         num_emitted: Iterable[int],  # [num_reqs] new tokens of each request
         num_outputs: Iterable[int],  # [num_reqs] tokens it has emitted in all
         # [num_reqs] its latest one, where it is known on the host
         last_tokens: Iterable[int | None] = repeat(None),
-    ) -> Ints:
-        """[num_reqs] nodes each request may get: none without a new token, at its end, or where it decodes plainly."""
+    ) -> Demand:
+        """What each request of the step could use."""
         # Trees may take half of a step's token budget; the rest is for prompts that wait.
         room = self.scheduler_config.max_num_batched_tokens // 2 // len(req_ids) - 1
         limit = max(0, min(self._config.num_lookahead_tokens, room))
-        caps = []
+        followed, limits, left = [], [], []
         for req_id, emitted, outputs, last in zip(
             req_ids, num_emitted, num_outputs, last_tokens, strict=False
         ):
-            drafted = emitted and self._reason(req_id) is None
-            if drafted:
-                params = self._request(req_id).sampling_params
-                drafted = params is not None and is_worth_drafting(params, outputs, last)
-            caps.append(min(limit, self._node_caps[req_id]) if drafted else 0)
-        return np.array(caps)
+            follow = self._reason(req_id) is None
+            params = self._request(req_id).sampling_params
+            drafted = follow and emitted and params is not None
+            if drafted and is_worth_drafting(params, outputs, last):
+                limits.append(min(limit, self._node_caps[req_id]))
+            else:
+                limits.append(0)
+            followed.append(follow)
+            left.append(tokens_left(params, outputs) if follow and params else 0)
+        return Demand(np.array(followed), np.array(limits), np.array(left))
 
     def _reason(self, req_id: str) -> str | None:
         """Why a request decodes plainly (decided once a request, logged once a reason, counted)."""
@@ -214,10 +223,6 @@ class SpeculatingRunner:
             request = self._request(req_id)
             self._node_caps[req_id] = most_nodes(request)
             self._set_reason(req_id, fallback_reason(request))
-        elif self._plain_reasons[req_id] is None and self.controller.progress is not None:
-            lost = self.controller.progress.lost(req_id)
-            if lost is not None:
-                self._set_reason(req_id, lost)
         return self._plain_reasons[req_id]
 
     def _set_reason(self, req_id: str, reason: str | None) -> None:

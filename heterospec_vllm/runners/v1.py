@@ -240,23 +240,17 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
         with CLOCK.span("draft"):
             req_ids = self.input_batch.req_ids
             outputs = [self.requests[req_id].output_token_ids for req_id in req_ids]
-            limits = self._max_nodes(
+            demand = self._demand(
                 req_ids,
                 map(len, sampled_token_ids),
                 [len(tokens) for tokens in outputs],
                 [tokens[-1] if tokens else None for tokens in outputs],
             )
-            followed = np.array([self._reason(req_id) is None for req_id in req_ids])
             tokens = self._true_tokens(
                 scheduler_output, sampled_token_ids, aux_hidden_states, common_attn_metadata
             )
             return self.controller.draft(
-                req_ids,
-                tokens,
-                limits,
-                followed,
-                self._temperatures(),
-                self._step.num_tokens,
+                req_ids, tokens, demand, self._temperatures(), self._step.num_tokens
             )
 
     def _true_tokens(
@@ -288,6 +282,7 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
             num_tokens=num_tokens,
             next_token_ids=next_token_ids,
             block_table=common_attn_metadata.block_table_tensor[:num_reqs],
+            context_starts=np.zeros(num_reqs, dtype=np.int64),
         )
 
     def _update_streaming_request(self, req_id: str, new_req_data) -> CachedRequestState:

@@ -232,19 +232,13 @@ class HeteroSpecGPUModelRunner(SpeculatingRunner, GPUModelRunner):
         emits = computed + np.diff(starts) >= input_batch.prefill_len_np
         true_lens = computed + num_tokens
         prompt_lens = self.req_states.prompt_len.np[input_batch.idx_mapping_np]
-        limits = self._max_nodes(req_ids, emits.tolist(), (true_lens + 1 - prompt_lens).tolist())
+        demand = self._demand(req_ids, emits.tolist(), (true_lens + 1 - prompt_lens).tolist())
         fits = true_lens <= self.speculator.max_context()
-        limits = np.where(fits & wanted, limits, 0)
-        followed = np.array([self._reason(req_id) is None for req_id in req_ids])
+        demand = demand.only(fits & wanted)
         tokens = self._true_tokens(input_batch, aux_hidden_states, rows, num_tokens, emits)
         with CLOCK.span("draft"):
             drafts = self.controller.draft(
-                req_ids,
-                tokens,
-                limits,
-                followed,
-                self._temperatures(input_batch),
-                self._step.num_tokens,
+                req_ids, tokens, demand, self._temperatures(input_batch), self._step.num_tokens
             )
         self._drafts = DraftTokenIds(req_ids, drafts)
 
@@ -271,4 +265,5 @@ class HeteroSpecGPUModelRunner(SpeculatingRunner, GPUModelRunner):
             num_tokens=num_tokens,
             next_token_ids=next_token_ids.int(),
             block_table=table[: input_batch.num_reqs],
+            context_starts=np.zeros(input_batch.num_reqs, dtype=np.int64),
         )

@@ -2,7 +2,7 @@
 """A policy fed with random numbers: whatever it decides, the answers must be the target's.
 
 It ranks nodes at random (connected, as every policy must), expands random nodes, verifies random prefixes, budgets of
-0 included, and switches drafting off and on between steps, for all requests or for a few.
+0 included, switches drafting off and on between steps, for all requests or for a few, and leaves requests unread.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ class RandomPolicy(DraftPolicy):
     def scope(self, num_reqs, context):
         return self._rng.choice(["all", "all", "all", "probe", "none"])
 
+    def is_worth_reading(self, num_unread, tokens_left, num_reqs, context):
+        return self._rng.random(num_unread.size) < 0.8
+
     def survivals(self, batch, depth, log_probs, strata, parent_survivals):
         random = self._rng.uniform(0.05, 1.0, log_probs.shape) * parent_survivals
         return np.where(log_probs > -np.inf, random, 0.0)
@@ -40,7 +43,18 @@ class RandomPolicy(DraftPolicy):
         return self._rng.integers(0, num_nodes + 1)
 
 
-def install(worker, num_nodes: int = 12, max_depth: int = 4, top_k: int = 4, seed: int = 0) -> None:
-    """Give the engine of this process the random policy (through ``LLM.collective_rpc``)."""
-    policy = RandomPolicy(TreeShape(num_nodes, max_depth, top_k), seed)
-    worker.model_runner.controller.policy = policy
+def install(
+    worker,
+    num_nodes: int = 12,
+    max_depth: int = 4,
+    top_k: int = 4,
+    seed: int = 0,
+    kept_bytes: int = 2**28,
+) -> None:
+    """Give the engine of this process the random policy (through ``LLM.collective_rpc``).
+
+    kept_bytes: of the tap states kept for later; with little room the head's contexts begin late.
+    """
+    controller = worker.model_runner.controller
+    controller.policy = RandomPolicy(TreeShape(num_nodes, max_depth, top_k), seed)
+    controller.progress._max_bytes = kept_bytes

@@ -5,13 +5,15 @@ from typing import Any
 
 import pytest
 from harness import assert_speculated, divergences, run_engine
-from test_identity_tiny import GREEDY, MANY, _engine, models  # noqa: F401
+from test_identity_tiny import GREEDY, MANY, _engine, _prompts, models  # noqa: F401
 
 pytestmark = pytest.mark.engine
 
 STATIC = {"policy": "static", "num_speculative_tokens": 12, "max_depth": 4, "top_k": 4}
 BATCHES = {"all": None, "one at a time": 1}
 PROMPTS = [*MANY, [3]]  # nothing comes before the only token of the last
+# A block of each is in the prefix cache; of the last, only the token after it is not.
+LONG = [*_prompts(6, 140, 190), _prompts(1, 129, 129)[0]]
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +31,13 @@ def runs(models, tmp_path_factory) -> dict[str, Any]:  # noqa: F811
         for name, batch in BATCHES.items()
         for fused in (True, False)
     ]
+    # The head is not there when their prefixes are filled, so its contexts begin behind them.
+    late = {"prompts": LONG, "sampling": GREEDY}
+    job += [
+        {"name": "late, plain", **late, "policy": {"policy": "plain"}},
+        {"name": "late, fused", **late, "policy": STATIC, "fused_head": True},
+        {"name": "late, vllm", **late, "policy": STATIC, "fused_head": False},
+    ]
     return run_engine(
         {"engine": _engine(models, True), "runs": job}, tmp_path_factory.mktemp("fused")
     )
@@ -39,5 +48,14 @@ def test_the_same_trees(runs, name: str) -> None:
     fused, as_model = runs[f"{name}, fused"], runs[f"{name}, vllm"]
     assert divergences(as_model, fused) == []
     assert_speculated(fused["counters"])
+    for counter in ("steps", "drafted_nodes", "verified_nodes", "accepted_nodes", "moved_kv_rows"):
+        assert fused["counters"][counter] == as_model["counters"][counter], counter
+
+
+def test_the_same_trees_in_contexts_that_begin_late(runs) -> None:
+    fused, as_model = runs["late, fused"], runs["late, vllm"]
+    assert divergences(runs["late, plain"], fused) == divergences(as_model, fused) == []
+    assert_speculated(fused["counters"])
+    assert fused["counters"]["late_contexts"] == as_model["counters"]["late_contexts"] == len(LONG)
     for counter in ("steps", "drafted_nodes", "verified_nodes", "accepted_nodes", "moved_kv_rows"):
         assert fused["counters"][counter] == as_model["counters"][counter], counter

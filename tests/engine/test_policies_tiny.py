@@ -20,6 +20,11 @@ RUNS: list[dict[str, Any]] = [
 HOW: dict[str, list[dict[str, Any]]] = {
     "marginal": [{"policy": MARGINAL}, {}, {}],
     "random": [{"random_policy": {"seed": 1}}, {"random_policy": {"seed": 2}}, {}],
+    "random, little kept": [
+        {"random_policy": {"seed": 3, "kept_bytes": 100_000}},
+        {"random_policy": {"seed": 4, "kept_bytes": 100_000}},
+        {},
+    ],
     "paper": [{"policy": PAPER}, {}, {}],
     "plain, then marginal": [{"policy": {"policy": "plain"}}, {"policy": MARGINAL}, {}],
 }
@@ -58,13 +63,16 @@ def test_same_tokens(answers, how: str) -> None:
         assert divergences(plain, answers["ours"][f"{how}: {name}"]) == [], name
 
 
-@pytest.mark.parametrize("how", ["marginal", "random", "paper"])
+@pytest.mark.parametrize("how", ["marginal", "random", "random, little kept", "paper"])
 def test_it_speculated(answers, how: str) -> None:
     counters = answers["ours"][f"{how}: greedy"]["counters"]
     assert counters["tree_steps"] > 0 and counters["accepted_nodes"] > 0, counters
     assert counters["accepted_non_first_child"] > 0, counters
-    if how == "random":
+    if how.startswith("random"):
         assert counters["caught_up_tokens"] > 0 and counters["seconds_off"] > 0, counters
+        assert counters["unread_requests"] > 0, counters
+    if how == "random, little kept":
+        assert counters["late_contexts"] > 0, counters
 
 
 def test_blocks_return(answers) -> None:

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heterospec_vllm.catch_up import SKIPPED_TOO_LONG, UNSEEN_PREFIX, HeadProgress
-from heterospec_vllm.true_tokens import TrueTokens, split_last
+from heterospec_vllm.catch_up import HeadProgress
+from heterospec_vllm.true_tokens import TrueTokens, slots_of, split_last
 
 BLOCK = 4
 WIDTH = 3  # of the tap states
@@ -41,6 +41,7 @@ def step_of(parts: dict[str, tuple[int, int, list[int]]]) -> TrueTokens:
             [blocks + [0] * (most - len(blocks)) for _, _, blocks in parts.values()],
             dtype=torch.int32,
         ),
+        context_starts=np.zeros(len(parts), dtype=np.int64),
     )
 
 
@@ -53,23 +54,28 @@ def advance(
     """One step; the positions that the head gets for each request of `feed`, everything else checked."""
     names, tokens = list(parts), step_of(parts)
     fed = np.array([name in feed.split() for name in names])
-    progress.follow(names, tokens, fed)
-    kept = np.array([progress.lost(name) is None and name not in forget.split() for name in names])
-    given_tokens = progress.advance(names, tokens, fed, kept)
+    begun = progress.follow(names, tokens, fed)
+    kept = begun & [name not in forget.split() for name in names]
+    given_tokens = progress.advance(names, tokens, fed & begun, kept)
     if given_tokens is None:
         return None
     found: dict[str, list[int]] = {}
     ends = np.cumsum(given_tokens.num_tokens).tolist()
-    chosen = [name for name in names if name in feed.split()]
+    chosen = [name for name, is_fed in zip(names, fed & begun, strict=True) if is_fed]
     assert len(ends) == len(chosen)
+    slots = slots_of(given_tokens, BLOCK).tolist()
     for i, name in enumerate(chosen):
         rows = slice(ends[i] - int(given_tokens.num_tokens[i]), ends[i])
         found[name] = given_tokens.positions[rows].tolist()
         assert given_tokens.token_ids[rows].tolist() == [token_of(name, p) for p in found[name]]
         assert given_tokens.features[rows].tolist() == [feature_of(name, p) for p in found[name]]
         assert given_tokens.next_token_ids[i] == token_of(name, found[name][-1] + 1)
+        start = progress.context_start(name)
+        assert given_tokens.context_starts[i] == start and start % BLOCK == 0
         blocks = parts[name][2]
-        assert given_tokens.block_table[i, : len(blocks)].tolist() == blocks
+        here = given_tokens.block_table[i, : len(blocks) - start // BLOCK].tolist()
+        assert here == blocks[start // BLOCK :]
+        assert slots[rows] == [blocks[p // BLOCK] * BLOCK + p % BLOCK for p in found[name]]
     return found
 
 
@@ -108,22 +114,33 @@ def test_a_step_that_is_fed_whole_is_not_copied() -> None:
 
 
 def test_the_oldest_tokens_go_when_memory_is_full() -> None:
-    progress = HeadProgress(16, BLOCK, max_bytes=4 * TOKEN_BYTES)
+    """The head's context then begins at the next block, and what lies before it is not read."""
+    progress = HeadProgress(16, BLOCK, max_bytes=6 * TOKEN_BYTES)
     advance(progress, {"r1": (0, 2, [1])})
     advance(progress, {"r2": (0, 2, [3])})
-    assert progress.lost("r1") is None
     advance(progress, {"r1": (2, 1, [1])})
-    assert progress.lost("r1") == SKIPPED_TOO_LONG
-    assert progress.lost("r2") is None
-    assert (progress.pending("r1"), progress.pending("r2")) == (0, 2)
+    assert progress.context_start("r1") == 0
+    advance(progress, {"r1": (3, 3, [1, 2])})
+    assert (progress.context_start("r1"), progress.context_start("r2")) == (4, 0)
+    assert (progress.pending("r1"), progress.pending("r2")) == (4, 2)
     assert advance(progress, {"r2": (2, 1, [3])}, feed="r2") == {"r2": [0, 1, 2]}
+    assert advance(progress, {"r1": (6, 1, [1, 2])}, feed="r1") == {"r1": [4, 5, 6]}
+    assert advance(progress, {"r1": (7, 2, [1, 2, 5])}, feed="r1") == {"r1": [7, 8]}
+    assert (progress.num_late, progress.pending("r1")) == (1, 0)
 
 
-def test_a_step_larger_than_the_memory_is_lost_at_once() -> None:
+def test_a_request_is_out_of_reach_until_its_context_begins() -> None:
     progress = HeadProgress(16, BLOCK, max_bytes=4 * TOKEN_BYTES)
     advance(progress, {"r1": (0, 5, [1, 2])})
-    assert progress.lost("r1") == SKIPPED_TOO_LONG
-    assert progress._kept_bytes == 0
+    assert progress.context_start("r1") == 8 and progress._kept_bytes == 0
+    # Fed or not, tokens of the block that the head has not seen whole are of no use.
+    assert advance(progress, {"r1": (5, 1, [1, 2])}, feed="r1") is None
+    advance(progress, {"r1": (6, 2, [1, 2])})
+    assert (progress.pending("r1"), progress._kept_bytes) == (0, 0)
+    assert advance(progress, {"r1": (8, 1, [1, 2, 3])}, feed="r1") == {"r1": [8]}
+    # A chunk that reaches across the start.
+    advance(progress, {"r2": (0, 5, [4, 5])})
+    assert advance(progress, {"r2": (5, 5, [4, 5, 6])}, feed="r2") == {"r2": [8, 9]}
 
 
 def test_tokens_fed_now_are_not_dropped_for_what_is_kept_now() -> None:
@@ -132,7 +149,7 @@ def test_tokens_fed_now_are_not_dropped_for_what_is_kept_now() -> None:
     advance(progress, {"r1": (0, 3, [1])})
     parts = {"r1": (3, 1, [1]), "r2": (0, 3, [3])}
     assert advance(progress, parts, feed="r1") == {"r1": [0, 1, 2, 3]}
-    assert progress.lost("r1") is None and progress.lost("r2") is None
+    assert progress.context_start("r1") == progress.context_start("r2") == 0
 
 
 def test_a_preempted_request_loses_its_stale_tokens() -> None:
@@ -145,32 +162,36 @@ def test_a_preempted_request_loses_its_stale_tokens() -> None:
     assert advance(progress, {"r2": (1, 1, [2])}, feed="r2") == {"r2": [0, 1]}
 
 
-def test_a_prefix_is_accepted_only_where_the_head_was() -> None:
+def test_a_context_begins_behind_the_part_of_a_prefix_that_the_head_has_not_seen() -> None:
     progress = HeadProgress(16, BLOCK)
+    starts = progress.context_start
     advance(progress, {"r1": (0, 6, [1, 2])})
-    advance(progress, {"r2": (4, 1, [1, 3])})
-    assert progress.lost("r2") == UNSEEN_PREFIX
+    assert advance(progress, {"r2": (4, 1, [1, 3])}, feed="r2") == {"r2": [4]}
+    assert starts("r2") == 4
     advance(progress, {"r1": (6, 2, [1, 2])}, feed="r1")
     advance(progress, {"r3": (8, 1, [1, 2, 4])})
-    assert progress.lost("r3") is None
-    assert progress.lost("r2") == UNSEEN_PREFIX, "what it missed before cannot be told"
+    assert (starts("r3"), starts("r2")) == (0, 4), "its keys are there now, but it has begun"
     # Skipped tokens in one of its blocks, and none is missing in the first.
     advance(progress, {"r1": (8, 4, [1, 2, 5])}, forget="r1")
     advance(progress, {"r4": (12, 1, [1, 2, 5, 6]), "r5": (8, 1, [1, 2, 7])})
-    assert (progress.lost("r4"), progress.lost("r5")) == (UNSEEN_PREFIX, None)
+    assert (starts("r4"), starts("r5")) == (12, 0)
+    # A prefix that ends within such a block.
+    assert advance(progress, {"r6": (10, 1, [1, 2, 5])}, feed="r6") is None
+    assert advance(progress, {"r6": (11, 2, [1, 2, 5, 8])}, feed="r6") == {"r6": [12]}
 
 
 def test_a_prefix_that_is_filled_in_the_same_step_counts_as_it_will_be() -> None:
     progress = HeadProgress(16, BLOCK)
+    starts = progress.context_start
     advance(progress, {"r1": (0, 8, [1, 2])})
     progress.remove("r1")
     # The head was not there when blocks 1 and 2 were filled, and is now. The second request stands first in the batch.
     parts = {"r3": (8, 1, [1, 2, 4]), "r2": (0, 9, [1, 2, 3])}
     assert advance(progress, parts, feed="r2 r3") == {"r3": [8], "r2": list(range(9))}
-    assert progress.lost("r3") is None
+    assert starts("r3") == 0
     # And the other way round: it was there, and is not now.
     advance(progress, {"r5": (8, 1, [1, 2, 6]), "r4": (0, 9, [1, 2, 5])})
-    assert (progress.lost("r4"), progress.lost("r5")) == (None, UNSEEN_PREFIX)
+    assert (starts("r4"), starts("r5")) == (0, 8)
 
 
 def test_one_long_request_does_not_hold_the_rows_of_those_that_left() -> None:
@@ -184,7 +205,7 @@ def test_one_long_request_does_not_hold_the_rows_of_those_that_left() -> None:
         )
         for name in others:
             progress.remove(name)
-    assert progress.lost("r1") is None and progress._kept_bytes == 20 * TOKEN_BYTES
+    assert progress.context_start("r1") == 0 and progress._kept_bytes == 20 * TOKEN_BYTES
     own = {"r1": (20, 1, [1, 2, 3, 4, 5, 6])}
     assert advance(progress, own, feed="r1") == {"r1": list(range(21))}
 
@@ -195,7 +216,7 @@ def test_a_block_that_is_filled_again_counts_anew() -> None:
     progress.remove("r1")
     advance(progress, {"r2": (0, 4, [1])}, feed="r2")
     advance(progress, {"r3": (4, 1, [1, 2])})
-    assert progress.lost("r3") is None
+    assert progress.context_start("r3") == 0
 
 
 def test_tokens_of_plain_requests_are_not_kept() -> None:
@@ -206,7 +227,7 @@ def test_tokens_of_plain_requests_are_not_kept() -> None:
 
 
 def is_empty(progress: HeadProgress) -> bool:
-    held = (progress._kept, progress._next, progress._pending, progress._lost)
+    held = (progress._kept, progress._next, progress._pending, progress._starts)
     return not any(held) and progress._kept_bytes == 0
 
 
@@ -222,20 +243,6 @@ def test_removing_frees_everything() -> None:
     assert is_empty(progress)
 
 
-def test_lost_requests_hold_no_memory() -> None:
-    progress = HeadProgress(16, BLOCK, max_bytes=5 * TOKEN_BYTES)
-    advance(progress, {"r1": (0, 2, [1]), "r2": (0, 1, [2])})
-    advance(progress, {"r1": (2, 2, [1]), "r2": (1, 1, [2])})
-    assert progress.lost("r1") == progress.lost("r2") == SKIPPED_TOO_LONG
-    assert progress._kept_bytes == 0, "the later step held tokens of none but them"
-    # So others keep theirs longer.
-    advance(progress, {"r3": (0, 5, [3, 4])})
-    assert progress.lost("r3") is None
-    for name in ("r1", "r2", "r3"):
-        progress.remove(name)
-    assert is_empty(progress)
-
-
 # ---- against a model
 
 
@@ -245,8 +252,8 @@ class Text:
 
     blocks: list[int]
     position: int = 0  # of its next token
-    head: int = 0  # tokens that the head has seen, from the start
-    lost: bool = False
+    head: int = 0  # position of the first token that the head has not seen
+    start: int = 0  # of the head's context
     followed: bool = True
     started: bool = False
 
@@ -283,14 +290,15 @@ class World:
             text.blocks = text.blocks[:full] + self.new_blocks(24)
             text.position, text.started = full * BLOCK, False
 
-    def start(self, text: Text) -> None:
-        """The first step of a request or after a preemption: its prefix must have been seen."""
+    def begin(self, text: Text) -> None:
+        """The first step of a request or after a preemption: the head's context begins behind what it missed."""
         text.started, text.head = True, text.position
-        seen = [
-            self.slot_seen.get((text.blocks[p // BLOCK], p % BLOCK), True)
+        missed = [
+            p
             for p in range(text.position)
+            if not self.slot_seen.get((text.blocks[p // BLOCK], p % BLOCK), True)
         ]
-        text.lost = text.lost or not all(seen)
+        text.start = (missed[-1] // BLOCK + 1) * BLOCK if missed else 0
 
     def mark(self, text: Text, positions: range, seen: bool) -> None:
         for p in positions:
@@ -305,34 +313,43 @@ class World:
             text = self.texts[name]
             parts[name] = text.position, int(self.rng.integers(1, 4)), text.blocks
             if not text.started:
-                self.start(text)
+                self.begin(text)
         tokens = step_of(parts)
         everybody = self.rng.random() < 0.3
-        followed = np.array([self.texts[name].followed for name in names])
-        self.progress.follow(names, tokens, followed & everybody)
-        for name in names:
-            assert (self.progress.lost(name) is not None) == self.texts[name].lost
-        follow = np.array([t.followed and not t.lost for t in map(self.texts.get, names) if t])
+        texts = [self.texts[name] for name in names]
+        followed = np.array([text.followed for text in texts])
+        begun = self.progress.follow(names, tokens, followed & everybody)
+        assert [self.progress.context_start(name) for name in names] == [t.start for t in texts]
+        ends = np.array([first + n for first, n, _ in parts.values()])
+        assert (begun == (ends > [text.start for text in texts])).all()
+        follow = followed & begun
         feed = follow & (everybody | (self.rng.random(len(names)) < self.rng.choice([0.0, 0.4])))
         fed = self.progress.advance(names, tokens, feed, follow)
-        for name, (first, n, _) in parts.items():
-            self.texts[name].position = first + n
+        for text, end in zip(texts, ends.tolist(), strict=True):
+            text.position = end
         self.check(names, feed, fed)
-        for name in names:
-            text = self.texts[name]
-            if limited and self.progress.lost(name) == SKIPPED_TOO_LONG:
-                text.lost = True
-            waiting = text.position - text.head if text.followed and not text.lost else 0
-            assert self.progress.pending(name) == waiting
+        for name, text in self.texts.items():
+            if not text.started:
+                continue
+            start = self.progress.context_start(name)
+            if limited and start > text.start:  # its oldest tokens had to go
+                assert start % BLOCK == 0 and text.head < start < text.position + BLOCK
+                text.start = start
+            assert start == text.start
+            waiting = text.position - max(text.head, start) if text.followed else 0
+            pending = self.progress.pending(name)
+            assert pending == waiting if start == 0 else max(0, waiting) <= pending
+            assert start == 0 or pending < max(0, waiting) + BLOCK
 
     def check(self, names: list[str], feed: np.ndarray, fed: TrueTokens | None) -> None:
-        """Each fed request gets all that the head has not seen of it, in text order."""
+        """Each fed request gets all that the head has not seen of it, in text order, from its context's start on."""
         places = []
         for name, is_fed in zip(names, feed.tolist(), strict=True):
             text = self.texts[name]
-            missing = range(text.head, text.position)
-            self.mark(text, missing, seen=is_fed)
+            missing = range(max(text.head, text.start), text.position)
+            self.mark(text, range(text.head, text.position), seen=False)
             if is_fed:
+                self.mark(text, missing, seen=True)
                 places += [(name, p) for p in missing]
                 text.head = text.position
         if fed is None:
@@ -359,10 +376,6 @@ def test_the_head_never_sees_a_gap(seed: int, most_tokens: int | None) -> None:
             world.progress.remove(str(name))
             del world.texts[name]
         world.step(limited=most_tokens is not None)
-        for name, text in world.texts.items():
-            if world.progress.lost(name) == SKIPPED_TOO_LONG:
-                assert most_tokens is not None
-                text.lost = True
         kept = sum(record.features.nbytes for record in world.progress._kept)
         assert world.progress._kept_bytes == kept <= most
     for name in world.texts:

@@ -8,7 +8,7 @@ import torch
 
 from heterospec_vllm.catch_up import HeadProgress
 from heterospec_vllm.controller import Controller
-from heterospec_vllm.policies import Cycle, PlainPolicy
+from heterospec_vllm.policies import Cycle, Demand, PlainPolicy
 from heterospec_vllm.policy import TreeShape
 from heterospec_vllm.true_tokens import TrueTokens
 
@@ -51,8 +51,9 @@ def test_steps_in_which_nobody_could_be_drafted_for_say_nothing_of_drafts() -> N
             num_tokens=np.array([1]),
             next_token_ids=torch.tensor([6], dtype=torch.int32),
             block_table=torch.ones(1, 1, dtype=torch.int32),
+            context_starts=np.zeros(1, dtype=np.int64),
         )
-        one = np.array([1])
-        controller.draft(["r1"], tokens, limit * one, one, 0 * one, num_step_tokens=1)
+        demand = Demand(np.array([True]), np.array([limit]), np.array([9]))
+        controller.draft(["r1"], tokens, demand, np.zeros(1, dtype=np.int64), num_step_tokens=1)
     # The draft before a step decides: those behind the third and the fourth.
     assert [cycle.speculated for cycle in policy.cycles] == [True, True]

@@ -136,6 +136,7 @@ def true_tokens(counts: list[int], positions: list[int]) -> TrueTokens:
         num_tokens=np.array(counts),
         next_token_ids=torch.zeros(len(counts), dtype=torch.int32),
         block_table=torch.zeros(len(counts), 1, dtype=torch.int32),
+        context_starts=np.zeros(len(counts), dtype=np.int64),
     )
 
 
