@@ -80,8 +80,7 @@ class HeadProgress:
         [num_reqs] whether the head's context of a request has begun by the end of the step; until then there is
         nothing to feed or keep.
         """
-        ends = np.cumsum(tokens.num_tokens)
-        first = tokens.positions.cpu().numpy()[ends - tokens.num_tokens].tolist()
+        first = tokens.host_positions[tokens.ends - tokens.num_tokens].tolist()
         starting = {
             req_id
             for req_id, position in zip(req_ids, first, strict=True)
@@ -103,7 +102,7 @@ class HeadProgress:
         vLLM hands out blocks as a prefix in the step that fills them. Whoever fills one begins before it, so requests
         are taken in the order of their first tokens.
         """
-        ends = np.cumsum(tokens.num_tokens).tolist()
+        ends = tokens.ends.tolist()
         blocks = blocks_of(tokens, self._block_size).cpu().numpy()
         for i in sorted(range(len(req_ids)), key=first.__getitem__):
             if req_ids[i] in starting:
@@ -134,7 +133,7 @@ class HeadProgress:
         keep: Bools,  # [num_reqs] others whose tokens are kept for later
     ) -> TrueTokens | None:
         """What the head must process for the requests to feed, their kept tokens first; None where there are none."""
-        ends = np.cumsum(tokens.num_tokens)
+        ends = tokens.ends
         starts = ends - tokens.num_tokens
         fed = np.flatnonzero(feed)
         chosen = [req_ids[i] for i in fed]

@@ -107,7 +107,9 @@ class Controller:
         others = num_tokens - sum(map(len, scheduled.values()))
         keep = self.policy.keep(trees.survivals, trees.num_nodes, others, num_reqs, self._context)
         self._num_verified = self.counters.budget = int(keep.sum())
-        trees = trees.take(np.arange(trees.num_reqs), keep).laid_out()
+        if (keep < trees.num_nodes).any():
+            trees = trees.take(np.arange(trees.num_reqs), keep)
+        trees = trees.laid_out()
         self._verified = trees
         verified = {}
         for row, ((req_id, _, _), count) in enumerate(zip(matched, keep.tolist(), strict=True)):
@@ -121,6 +123,8 @@ class Controller:
     def trees_for(self, req_ids: list[str]) -> DraftTrees:
         """The verified trees in the order of the batch, empty where a request has none."""
         rows = np.array([self._index.get(req_id, -1) for req_id in req_ids])
+        if np.array_equal(rows, np.arange(self._verified.num_reqs)):
+            return self._verified
         counts = np.where(rows >= 0, self._verified.num_nodes[rows], 0)
         return self._verified.take(np.maximum(rows, 0), counts)
 
@@ -305,8 +309,7 @@ class Controller:
 
 
 def _context_of(tokens: TrueTokens) -> float:
-    ends = np.cumsum(tokens.num_tokens) - 1
-    return float(tokens.positions.cpu().numpy()[ends].sum())
+    return float(tokens.host_positions[tokens.ends - 1].sum())
 
 
 def _gathered(matched: list[tuple[str, _Place, int]]) -> DraftTrees:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from heterospec_vllm.compiled import compiled
 from heterospec_vllm.isotonic import isotonic
 from heterospec_vllm.tree import Floats, Ints
 
@@ -25,6 +26,46 @@ DECODE_TOKENS = 256
 DRIFT_RATE = 0.04  # of a measurement's surprise, how much is taken to be the machine's
 LEAST_SHARE = 0.02  # of a measurement in a knot
 TABLES = ("verify", "first_pass", "level")
+
+
+@compiled("void(f8[::1], f8[::1], f8[::1], f8, f8, f8)")
+def _observe(
+    knots,  # [num_knots]
+    seconds,  # [num_knots], changed
+    weight,  # [num_knots] measurements that each value is worth, changed
+    count,
+    measured,  # seconds
+    floor,
+):
+    """See :meth:`CostTable.observe`."""
+    last = knots.size - 1
+    low = min(max(np.searchsorted(knots, count, side="right") - 1, 0), last - 1)
+    rise = (seconds[low + 1] - seconds[low]) / (knots[low + 1] - knots[low])
+    expected = seconds[low] + rise * (max(count, knots[0]) - knots[low])
+    if not math.isfinite(measured) or measured <= 0.0 or expected <= 0.0:
+        return
+    ratio = min(max(measured / expected, 0.5), 2.0)
+    if count <= DECODE_TOKENS:  # a step of prompts says little about the others
+        drift = 1.0 + DRIFT_RATE * (ratio - 1.0)
+        seconds *= drift
+        ratio /= drift
+    # Beyond the last knot the same ratio is asked of that knot.
+    share = (min(max(count, knots[0]), knots[last]) - knots[low]) / (knots[low + 1] - knots[low])
+    error = (ratio - 1.0) * ((1.0 - share) * seconds[low] + share * seconds[low + 1])
+    norm = share**2 + (1.0 - share) ** 2
+    for knot, part in ((low, 1.0 - share), (low + 1, share)):
+        rate = max(floor, 1.0 / (1.0 + weight[knot]))
+        weight[knot] += part
+        # Between steep knots the lower one's share of the error may be more than it holds.
+        held = seconds[knot]
+        seconds[knot] = max(held + rate * part / norm * error, 0.5 * held)
+    # Knots beside the measured ones give way: the new values are the ones that were seen.
+    if seconds[low] > seconds[low + 1]:
+        seconds[low : low + 2] = (1.0 - share) * seconds[low] + share * seconds[low + 1]
+    for knot in range(low + 2, knots.size):
+        seconds[knot] = max(seconds[knot], seconds[knot - 1])
+    for knot in range(low - 1, -1, -1):
+        seconds[knot] = min(seconds[knot], seconds[knot + 1])
 
 
 class CostTable:
@@ -65,38 +106,8 @@ class CostTable:
         speculation pays is such a comparison. A measurement counts for at most twice and at least half of what was
         expected, so that one interrupted step cannot undo many. ``floor``: its least share in a knot.
         """
-        expected = self.at(count)
-        if not math.isfinite(seconds) or seconds <= 0 or expected <= 0:
-            return
-        ratio = min(max(seconds / expected, 0.5), 2.0)
-        if count <= DECODE_TOKENS:  # a step of prompts says little about the others
-            drift = 1.0 + DRIFT_RATE * (ratio - 1.0)
-            self.seconds *= drift
-            self._y = self.seconds.tolist()
-            ratio /= drift
-        x = self._x
-        count = min(max(count, x[0]), x[-1])
-        # Beyond the last knot the same ratio is asked of that knot.
-        error = (ratio - 1.0) * self.at(count)
-        low = min(bisect_right(x, count), len(x) - 1) - 1
-        share = (count - x[low]) / (x[low + 1] - x[low])
-        norm = share**2 + (1.0 - share) ** 2
-        for knot, part in ((low, 1.0 - share), (low + 1, share)):
-            rate = max(floor, 1.0 / (1.0 + self._weight[knot]))
-            self._weight[knot] += part
-            held = self.seconds[knot]
-            # Between steep knots the lower one's share of the error may be more than it holds.
-            self.seconds[knot] = max(held + rate * part / norm * error, 0.5 * held)
-        self._restore_order(low, share)
+        _observe(self.knots, self.seconds, self._weight, float(count), float(seconds), floor)
         self._y = self.seconds.tolist()
-
-    def _restore_order(self, low: int, share: float) -> None:
-        """Knots beside the measured ones give way: the new values are the ones that were seen."""
-        values = self.seconds
-        if values[low] > values[low + 1]:
-            values[low : low + 2] = (1.0 - share) * values[low] + share * values[low + 1]
-        np.maximum.accumulate(values[low + 1 :], out=values[low + 1 :])
-        values[: low + 1] = np.minimum.accumulate(values[: low + 1][::-1])[::-1]
 
     def slope(self, count: float, width: float) -> float:
         """Seconds per further token over the next ``width`` tokens."""

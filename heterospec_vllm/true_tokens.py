@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -23,6 +24,16 @@ class TrueTokens:
     block_table: torch.Tensor  # [num_reqs, max_blocks] int32, from where the head's context begins
     # [num_reqs] the position at which it begins, a block's first; most often 0.
     context_starts: Ints
+
+    @cached_property
+    def ends(self) -> Ints:
+        """[num_reqs] where each request's tokens end."""
+        return np.cumsum(self.num_tokens)
+
+    @cached_property
+    def host_positions(self) -> Ints:
+        """[num_tokens] ``positions`` on the host."""
+        return self.positions.cpu().numpy()
 
 
 def context_offsets(tokens: TrueTokens) -> torch.Tensor:
@@ -71,7 +82,7 @@ def parts_of(num_tokens: Ints, most: int) -> list[slice]:
 def requests_of(tokens: TrueTokens, part: slice) -> TrueTokens:
     if part.start == 0 and part.stop == tokens.num_tokens.size:
         return tokens
-    ends = np.concatenate([[0], np.cumsum(tokens.num_tokens)])
+    ends = np.concatenate([[0], tokens.ends])
     rows = slice(int(ends[part.start]), int(ends[part.stop]))
     return TrueTokens(
         token_ids=tokens.token_ids[rows],
@@ -86,7 +97,7 @@ def requests_of(tokens: TrueTokens, part: slice) -> TrueTokens:
 
 def split_last(tokens: TrueTokens) -> tuple[torch.Tensor, TrueTokens]:
     """([num_earlier] int64 the places of all but each request's last token, those last tokens)."""
-    last = torch.from_numpy(np.cumsum(tokens.num_tokens) - 1)
+    last = torch.from_numpy(tokens.ends - 1)
     earlier = torch.ones(len(tokens.token_ids), dtype=torch.bool)
     earlier[last] = False
     return earlier.nonzero()[:, 0], replace(

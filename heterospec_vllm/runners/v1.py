@@ -270,14 +270,17 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
         )
         starts = self.query_start_loc.np[: num_reqs + 1].astype(np.int64)
         rows, num_tokens = true_rows(self._step, starts)
-        index = torch.from_numpy(rows)
-        if self._step.walked is None:  # all rows, so the taps are copied once, side by side
+        token_ids, positions = self.input_ids.gpu, self.positions
+        if self._step.walked is None:  # all rows, copied as vLLM's buffers are filled again
+            token_ids, positions = token_ids[: rows.size].clone(), positions[: rows.size].clone()
             taps = [hidden[: rows.size] for hidden in aux_hidden_states]
         else:
+            index = torch.from_numpy(rows)
+            token_ids, positions = token_ids[index], positions[index]
             taps = [hidden[index] for hidden in aux_hidden_states]
         return TrueTokens(
-            token_ids=self.input_ids.gpu[index],
-            positions=self.positions[index],
+            token_ids=token_ids,
+            positions=positions,
             features=torch.cat(taps, dim=-1),
             num_tokens=num_tokens,
             next_token_ids=next_token_ids,
