@@ -28,6 +28,7 @@ class _Kept:
     """The tokens of one step that passed the head by."""
 
     first_row: dict[str, tuple[int, int]]  # request -> rows [start, stop)
+    nexts: dict[str, int]  # request -> position after its last row
     token_ids: torch.Tensor  # [num_tokens]
     positions: torch.Tensor  # [num_tokens]
     features: torch.Tensor  # [num_tokens, num_taps * hidden_size]
@@ -43,7 +44,8 @@ class _Kept:
             where[req_id] = (start, start + stop - first)
             start += stop - first
         index = index.to(self.token_ids.device)
-        return _Kept(where, self.token_ids[index], self.positions[index], self.features[index])
+        columns = self.token_ids[index], self.positions[index], self.features[index]
+        return _Kept(where, self.nexts, *columns)
 
 
 class HeadProgress:
@@ -59,7 +61,8 @@ class HeadProgress:
         self._pending: dict[str, int] = {}  # kept tokens of each request
         # Where the head's context begins, at a block's start, of requests whose first tokens it has not seen.
         self._starts: dict[str, int] = {}
-        self.num_late = 0  # requests that got such a start, for whoever counts them
+        self._late: set[str] = set()  # those of them that were fed
+        self.num_late = 0  # of them ever, for whoever counts
 
     def pending(self, req_id: str) -> int:
         """Kept tokens of a request: what the head has to catch up on before it can draft for it."""
@@ -118,12 +121,7 @@ class HeadProgress:
         num_blocks = -(-position // self._block_size)
         unseen = np.flatnonzero(~self._seen_blocks[blocks[:num_blocks].cpu().numpy()])
         if unseen.size:
-            self._begin(req_id, int(unseen[-1]) + 1)
-
-    def _begin(self, req_id: str, num_blocks: int) -> None:
-        """The head's context of a request begins behind so many blocks."""
-        self.num_late += req_id not in self._starts
-        self._starts[req_id] = num_blocks * self._block_size
+            self._starts[req_id] = (int(unseen[-1]) + 1) * self._block_size
 
     def advance(
         self,
@@ -144,8 +142,11 @@ class HeadProgress:
             self._skip(req_ids, tokens, starts, ends, feed, keep)
         if not chosen:
             return None
-        if pieces or not feed.all() or context_starts.any():
-            nexts = np.array([self._next[r] for r in chosen])
+        nexts = np.array([self._next[r] for r in chosen])
+        late = context_starts > 0
+        if late.any():
+            self._count_late([r for r, is_late in zip(chosen, late, strict=True) if is_late])
+        if pieces or not feed.all() or (late & (nexts - tokens.num_tokens < context_starts)).any():
             tokens = _gather(chosen, tokens, fed, starts, ends, pieces, nexts, context_starts)
         self._mark(tokens, seen=True)
         return with_context_starts(tokens, context_starts, self._block_size)
@@ -165,24 +166,27 @@ class HeadProgress:
         }
         for name, (start, stop) in where.items():
             self._pending[name] = self._pending.get(name, 0) + stop - start
-        if kept.all():  # the step's own tensors are copies already
-            record = _Kept(where, tokens.token_ids, tokens.positions, tokens.features)
-        else:
+        columns: Piece = tokens.token_ids, tokens.positions, tokens.features  # copies already
+        if not kept.all():
             index = torch.from_numpy(rows)
-            record = _Kept(
-                where, tokens.token_ids[index], tokens.positions[index], tokens.features[index]
-            )
+            columns = tuple(column[index] for column in columns)
+        record = _Kept(where, {name: self._next[name] for name in where}, *columns)
         self._kept.append(record)
         self._kept_bytes += record.features.nbytes
         while self._kept_bytes > self._max_bytes:
             self._forget(self._kept.popleft())
 
+    def _count_late(self, req_ids: list[str]) -> None:
+        new = set(req_ids) - self._late
+        self.num_late += len(new)
+        self._late |= new
+
     def _forget(self, record: _Kept) -> None:
         """The head's context of the record's requests will begin in the block after it."""
         self._kept_bytes -= record.features.nbytes
-        positions = record.positions.cpu().numpy()
         for req_id, (first, stop) in record.first_row.items():
-            self._begin(req_id, int(positions[stop - 1]) // self._block_size + 1)
+            num_blocks = -(-record.nexts[req_id] // self._block_size)
+            self._starts[req_id] = num_blocks * self._block_size
             self._pending[req_id] -= stop - first
             if not self._pending[req_id]:
                 del self._pending[req_id]
@@ -224,6 +228,7 @@ class HeadProgress:
         """A request has left the engine."""
         self._next.pop(req_id, None)
         self._starts.pop(req_id, None)
+        self._late.discard(req_id)
         self._let_go(req_id)
 
 

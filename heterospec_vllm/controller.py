@@ -58,7 +58,7 @@ class _LastDraft:
     num_reqs: int
     seconds: float
     caught_up: bool  # tokens of earlier steps were in it
-    everybody: bool  # that is drafted for at all was, and for some a draft was of use
+    possible: bool  # for some request
 
 
 class Controller:
@@ -176,9 +176,7 @@ class Controller:
         only_decodes = num_tokens - self._num_verified == num_reqs == last.num_reqs
         if not only_decodes or last.caught_up or last.scope == "probe":
             return
-        if (
-            last.scope == "all" and not last.everybody
-        ):  # plain decoding in it, whatever was asked for
+        if last.scope == "all" and not last.possible:  # plain steps, whatever was asked for
             return
         self.policy.observe_cycle(
             Cycle(
@@ -222,7 +220,7 @@ class Controller:
         fed = self.progress.advance(req_ids, tokens, feed, follow)
         caught_up = 0
         if fed is not None:
-            caught_up = max(0, int(fed.num_tokens.sum() - tokens.num_tokens[feed].sum()))
+            caught_up = int(np.maximum(0, fed.num_tokens - tokens.num_tokens[feed]).sum())
             self.counters.caught_up_tokens += caught_up
         if scope in ("none", "probe"):
             self.counters.seconds_off += start - self._clock.step
@@ -235,8 +233,9 @@ class Controller:
             self._propose(req_ids, fed, feed, limits, temperatures, drafts)
         self._clock.end = time.perf_counter()
         seconds = self._clock.end - start
-        everybody = bool(limits.any() and (worth | ~demand.followed).all())
-        self._last_draft = _LastDraft(scope, len(req_ids), seconds, caught_up > 0, everybody)
+        self._last_draft = _LastDraft(
+            scope, len(req_ids), seconds, caught_up > 0, bool(limits.any())
+        )
         self.counters.seconds["draft"] += seconds
         return drafts
 
@@ -247,7 +246,8 @@ class Controller:
         if scope != "all":
             return np.ones(len(req_ids), dtype=np.bool_)
         assert self.progress is not None
-        unread = tokens.num_tokens + np.array([self.progress.pending(r) for r in req_ids])
+        unread = tokens.num_tokens + demand.prompt_left
+        unread += np.array([self.progress.pending(req_id) for req_id in req_ids])
         worth = self.policy.is_worth_reading(
             unread, demand.tokens_left, len(req_ids), self._context
         )

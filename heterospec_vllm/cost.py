@@ -79,7 +79,7 @@ class CostTable:
     ) -> None:
         self.knots = np.asarray(knots, dtype=np.float64)
         self.seconds = np.maximum.accumulate(np.asarray(seconds, dtype=np.float64))
-        self._weight = np.full(self.knots.size, trust)
+        self._weight = np.full(self.knots.size, trust, dtype=np.float64)
         self._x: list[float] = self.knots.tolist()
         self._y: list[float] = self.seconds.tolist()
 

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from copy import deepcopy
+from statistics import median_low
 
 import numpy as np
 
@@ -52,6 +54,8 @@ class MarginalPolicy(DraftPolicy):
     gain_every = 8
     # Tokens that the head reads without a question, and the fewest whose reading says what a token takes.
     read_anyway, read_measured = 16, 128
+    # What is left of the price of reading with every step in which it was too high: it may have been measured badly.
+    read_doubt = 0.99
 
     def __init__(
         self,
@@ -76,7 +80,8 @@ class MarginalPolicy(DraftPolicy):
         self._age, self._gain_reqs = 0, -1
         self._predicted = 1.0
         self._draft_seconds = 0.0
-        self._read_seconds = 0.0  # of a prompt's token, by the head; 0 until some were read
+        self._readings: deque[float] = deque(maxlen=5)  # seconds of a prompt's token, by the head
+        self._read_trust = 1.0  # in them
         self._num_reqs = 0  # for which the latest draft was chosen as the best; 0 for a probe
         ranks = np.arange(shape.top_k)
         # How much of a node's survival each child inherits, by temperature, depth, stratum and rank.
@@ -103,9 +108,11 @@ class MarginalPolicy(DraftPolicy):
         """A long prompt before a short answer costs more to read than its drafts could save."""
         gain = max(self.switch.start, self.switch.gain(num_reqs, self._predicted))
         saved = self.costs.plain_step(num_reqs, context) / num_reqs * (1.0 - 1.0 / gain)
-        return (num_unread <= self.read_anyway) | (
-            num_unread * self._read_seconds <= tokens_left * saved
-        )
+        price = self._read_trust * median_low(self._readings) if self._readings else 0.0
+        worth = (num_unread <= self.read_anyway) | (num_unread * price <= tokens_left * saved)
+        if not worth.all():
+            self._read_trust *= self.read_doubt
+        return worth
 
     def gain(self, num_reqs: int, context: float) -> float:
         """Expected rate with speculation relative to plain decoding for a batch of this size."""
@@ -221,9 +228,12 @@ class MarginalPolicy(DraftPolicy):
 
     def observe_first_pass(self, num_tokens: int, seconds: float) -> None:
         self.costs.first_pass.observe(num_tokens, seconds)
-        if num_tokens >= self.read_measured:
-            rate = 0.2 if self._read_seconds else 1.0
-            self._read_seconds += rate * (seconds / num_tokens - self._read_seconds)
+
+    def observe_reading(self, num_tokens: int, num_reqs: int, seconds: float) -> None:
+        read = num_tokens - num_reqs  # each request's last token is computed whole, read or not
+        if read >= self.read_measured:
+            self._readings.append(max(0.0, seconds - self.costs.first_pass.at(num_reqs)) / read)
+            self._read_trust = 1.0
 
     def observe_level(self, num_rows: int, seconds: float) -> None:
         self.costs.level.observe(num_rows, seconds)

@@ -49,7 +49,7 @@ class StepCounters:
     probes: int = 0  # steps that drafted only to measure, while speculation was switched off
     pauses: int = 0  # plain steps only to measure, while speculation was switched on
     caught_up_tokens: int = 0  # tokens the head read later than in the step that emitted them
-    late_contexts: int = 0  # requests whose first tokens the head has not seen
+    late_contexts: int = 0  # requests of which the head read only the later tokens
     unread_requests: int = 0  # requests and steps in which reading the request was not worth it
     seconds: dict[str, float] = field(  # of steps, by part; the parts add up to the step
         default_factory=lambda: dict.fromkeys(STEP_PARTS, 0.0)

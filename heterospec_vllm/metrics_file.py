@@ -143,7 +143,7 @@ METRICS = (
     _counter(
         "late_contexts",
         "late_contexts",
-        "Requests whose first tokens the draft head has not seen: drafts are worse, answers the same.",
+        "Requests of which the draft head read only the later tokens: drafts are worse, answers the same.",
     ),
     _counter(
         "unread_requests",

@@ -51,6 +51,7 @@ class Demand:
     followed: Bools  # [num_reqs] False for one that decodes plainly for good
     limits: Ints  # [num_reqs] most nodes of its next tree, 0 where a draft is of no use
     tokens_left: Ints  # [num_reqs] the most it may still emit
+    prompt_left: Ints  # [num_reqs] tokens of its prompt that later steps read
 
     def only(self, reqs: Bools) -> Demand:
         """Without drafts for the others."""
@@ -100,7 +101,7 @@ class DraftPolicy:
 
     def is_worth_reading(
         self,
-        num_unread: Ints,  # [num_reqs] tokens that the head would have to read of each request now
+        num_unread: Ints,  # [num_reqs] tokens that the head would have to read of each request, now and later
         tokens_left: Ints,  # [num_reqs] the most that it may still emit
         num_reqs: int,
         context: float,
@@ -185,6 +186,9 @@ class DraftPolicy:
 
     def observe_first_pass(self, num_tokens: int, seconds: float) -> None:
         """The head's pass over true tokens, its logits included."""
+
+    def observe_reading(self, num_tokens: int, num_reqs: int, seconds: float) -> None:
+        """The same pass, or one after which nobody was drafted for (without logits), by its requests, too."""
 
     def observe_level(self, num_rows: int, seconds: float) -> None:
         """One draft level that expanded ``num_rows`` nodes."""

@@ -86,7 +86,7 @@ class TreeDrafter:
     def start_drafting(self) -> None:
         """To be called once by the subclass's constructor."""
         self.first_pass_seconds = 0.0  # of the latest first pass
-        self._first_pass_tokens = 0
+        self._first_pass_size = 0, 0  # its tokens and requests
         self._silent = False
 
     # ---- what a model runner's side provides
@@ -181,6 +181,8 @@ class TreeDrafter:
         with CLOCK.span("draft: true tokens"):
             context = self._first_pass(true_tokens)
         if not drafting.size:
+            if self.device.type == "cpu":  # elsewhere the pass was launched, not timed
+                policy.observe_reading(*self._first_pass_size, self.first_pass_seconds)
             return None
         if drafting.size < context.seq_lens.shape[0]:
             context = context.take(torch.from_numpy(drafting))
@@ -201,7 +203,7 @@ class TreeDrafter:
     def _first_pass(self, tokens: TrueTokens) -> HeadContext:
         """Runs over the true tokens in parts that fit the head's buffers."""
         start = time.perf_counter()
-        self._first_pass_tokens = int(tokens.num_tokens.sum())
+        self._first_pass_size = int(tokens.num_tokens.sum()), tokens.num_tokens.size
         tokens = self._shortened(tokens)
         parts = parts_of(tokens.num_tokens, self.max_num_tokens)
         contexts = [self._first_pass_of(requests_of(tokens, part)) for part in parts]
@@ -283,7 +285,8 @@ class TreeDrafter:
             seconds = time.perf_counter() - start
             if depth == 1:
                 self.first_pass_seconds += seconds
-                policy.observe_first_pass(self._first_pass_tokens, self.first_pass_seconds)
+                policy.observe_first_pass(self._first_pass_size[0], self.first_pass_seconds)
+                policy.observe_reading(*self._first_pass_size, self.first_pass_seconds)
             else:
                 policy.observe_level(len(normed), seconds)
                 shape = (*rows.shape, top_k)

@@ -40,6 +40,7 @@ from heterospec_vllm.runners.measure import measure_costs
 from heterospec_vllm.runners.step import Step, with_drafts
 from heterospec_vllm.timing import CLOCK
 from heterospec_vllm.trace import CostRecorder, TracePolicy, TraceRecorder
+from heterospec_vllm.tree import Ints
 from heterospec_vllm.tree_drafter import TreeDrafter
 
 logger = init_logger(__name__)
@@ -176,6 +177,9 @@ class SpeculatingRunner:
         """
         scheduled = scheduler_output.scheduled_spec_decode_tokens
         num_tokens = scheduler_output.total_num_scheduled_tokens
+        for req_id in scheduler_output.preempted_req_ids or ():
+            # It may come back at the same position in other blocks.
+            self.controller.remove(req_id)
         verified = self.controller.match(
             scheduled, num_tokens, len(scheduler_output.num_scheduled_tokens)
         )
@@ -195,6 +199,7 @@ class SpeculatingRunner:
         req_ids: list[str],
         num_emitted: Iterable[int],  # [num_reqs] new tokens of each request
         num_outputs: Iterable[int],  # [num_reqs] tokens it has emitted in all
+        prompt_left: Ints,  # [num_reqs] tokens of its prompt behind those of this step
         # [num_reqs] its latest one, where it is known on the host
         last_tokens: Iterable[int | None] = repeat(None),
     ) -> Demand:
@@ -215,7 +220,7 @@ class SpeculatingRunner:
                 limits.append(0)
             followed.append(follow)
             left.append(tokens_left(params, outputs) if follow and params else 0)
-        return Demand(np.array(followed), np.array(limits), np.array(left))
+        return Demand(np.array(followed), np.array(limits), np.array(left), prompt_left)
 
     def _reason(self, req_id: str) -> str | None:
         """Why a request decodes plainly (decided once a request, logged once a reason, counted)."""

@@ -244,6 +244,7 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
                 req_ids,
                 map(len, sampled_token_ids),
                 [len(tokens) for tokens in outputs],
+                self._prompt_left(),
                 [tokens[-1] if tokens else None for tokens in outputs],
             )
             tokens = self._true_tokens(
@@ -252,6 +253,14 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
             return self.controller.draft(
                 req_ids, tokens, demand, self._temperatures(), self._step.num_tokens
             )
+
+    def _prompt_left(self) -> Ints:
+        """[num_reqs] tokens of each prompt that are read after this step."""
+        batch, num_reqs = self.input_batch, self.input_batch.num_reqs
+        done = batch.num_computed_tokens_cpu[:num_reqs] + np.diff(
+            self.query_start_loc.np[: num_reqs + 1]
+        )
+        return np.maximum(0, batch.num_prompt_tokens[:num_reqs] - done).astype(np.int64)
 
     def _true_tokens(
         self,

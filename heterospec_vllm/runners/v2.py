@@ -232,7 +232,12 @@ class HeteroSpecGPUModelRunner(SpeculatingRunner, GPUModelRunner):
         emits = computed + np.diff(starts) >= input_batch.prefill_len_np
         true_lens = computed + num_tokens
         prompt_lens = self.req_states.prompt_len.np[input_batch.idx_mapping_np]
-        demand = self._demand(req_ids, emits.tolist(), (true_lens + 1 - prompt_lens).tolist())
+        demand = self._demand(
+            req_ids,
+            emits.tolist(),
+            np.maximum(0, true_lens + 1 - prompt_lens).tolist(),
+            np.maximum(0, input_batch.prefill_len_np - computed - np.diff(starts)),
+        )
         fits = true_lens <= self.speculator.max_context()
         demand = demand.only(fits & wanted)
         tokens = self._true_tokens(input_batch, aux_hidden_states, rows, num_tokens, emits)

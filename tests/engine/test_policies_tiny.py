@@ -20,13 +20,14 @@ RUNS: list[dict[str, Any]] = [
 HOW: dict[str, list[dict[str, Any]]] = {
     "marginal": [{"policy": MARGINAL}, {}, {}],
     "random": [{"random_policy": {"seed": 1}}, {"random_policy": {"seed": 2}}, {}],
+    "paper": [{"policy": PAPER}, {}, {}],
+    "plain, then marginal": [{"policy": {"policy": "plain"}}, {"policy": MARGINAL}, {}],
+    # Last, as the engine keeps little from then on.
     "random, little kept": [
         {"random_policy": {"seed": 3, "kept_bytes": 100_000}},
         {"random_policy": {"seed": 4, "kept_bytes": 100_000}},
         {},
     ],
-    "paper": [{"policy": PAPER}, {}, {}],
-    "plain, then marginal": [{"policy": {"policy": "plain"}}, {"policy": MARGINAL}, {}],
 }
 # Little room: prompts arrive in chunks, requests are preempted and start over.
 TIGHT = {"max_num_batched_tokens": 64, "num_gpu_blocks_override": 9, "max_num_seqs": 8}

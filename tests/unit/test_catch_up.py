@@ -227,7 +227,7 @@ def test_tokens_of_plain_requests_are_not_kept() -> None:
 
 
 def is_empty(progress: HeadProgress) -> bool:
-    held = (progress._kept, progress._next, progress._pending, progress._starts)
+    held = (progress._kept, progress._next, progress._pending, progress._starts, progress._late)
     return not any(held) and progress._kept_bytes == 0
 
 

@@ -53,7 +53,51 @@ def test_steps_in_which_nobody_could_be_drafted_for_say_nothing_of_drafts() -> N
             block_table=torch.ones(1, 1, dtype=torch.int32),
             context_starts=np.zeros(1, dtype=np.int64),
         )
-        demand = Demand(np.array([True]), np.array([limit]), np.array([9]))
+        demand = Demand(np.array([True]), np.array([limit]), np.array([9]), np.array([0]))
         controller.draft(["r1"], tokens, demand, np.zeros(1, dtype=np.int64), num_step_tokens=1)
     # The draft before a step decides: those behind the third and the fourth.
     assert [cycle.speculated for cycle in policy.cycles] == [True, True]
+
+
+class Reads(Heard):
+    """Reads a request while it has many tokens left."""
+
+    def is_worth_reading(self, num_unread, tokens_left, num_reqs, context):
+        self.unread = num_unread.tolist()
+        return tokens_left > 9
+
+
+def test_an_unread_request_is_kept_and_read_when_it_is_worth_it() -> None:
+    fed: list[tuple[list[int], int]] = []
+
+    def propose_trees(policy, batch, drafting, tokens):
+        fed.append((tokens.positions.tolist(), drafting.size))
+
+    policy = Reads()
+    controller = Controller(SimpleNamespace(propose_trees=propose_trees), policy)  # type: ignore[arg-type]
+    controller.progress = HeadProgress(num_blocks=8, block_size=16)
+    unread = []
+    # A prompt of 5 tokens in two parts, then a token a step.
+    for first, count, prompt_left, tokens_left in [
+        (0, 3, 2, 9), (3, 2, 0, 9), (5, 1, 0, 8), (6, 1, 0, 99), (7, 1, 0, 98)
+    ]:  # fmt: skip
+        controller.match({}, num_tokens=count, num_reqs=1)
+        tokens = TrueTokens(
+            token_ids=torch.full((count,), 5),
+            positions=torch.arange(first, first + count),
+            features=torch.zeros(count, 3),
+            num_tokens=np.array([count]),
+            next_token_ids=torch.tensor([6], dtype=torch.int32),
+            block_table=torch.ones(1, 1, dtype=torch.int32),
+            context_starts=np.zeros(1, dtype=np.int64),
+        )
+        demand = Demand(
+            np.array([True]), np.array([3]), np.array([tokens_left]), np.array([prompt_left])
+        )
+        controller.draft(["r1"], tokens, demand, np.zeros(1, dtype=np.int64), num_step_tokens=count)
+        unread.append(policy.unread)
+    assert unread == [[5], [5], [6], [7], [1]]
+    assert fed == [([0, 1, 2, 3, 4, 5, 6], 1), ([7], 1)]
+    assert controller.counters.unread_requests == 3 and controller.counters.caught_up_tokens == 6
+    # Nothing was drafted behind the steps that left it unread, so they are no measure of drafts.
+    assert [cycle.speculated for cycle in policy.cycles] == []

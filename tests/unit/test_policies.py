@@ -299,27 +299,6 @@ def test_the_gain_is_looked_at_now_and_then_and_when_the_batch_changes() -> None
     assert asked == [1, 1, 1, 2, 1]
 
 
-def test_reading_is_weighed_against_what_drafts_could_save() -> None:
-    policy = MarginalPolicy(SHAPE, step_costs())
-    policy.gain = lambda num_reqs, context: 1.25  # type: ignore[method-assign]
-    policy.scope(16, 0.0)
-    token = policy.costs.plain_step(16, 0.0) / 16
-    unread, left = np.array([10**6, 1000, 1000, 16]), np.array([1, 99, 101, 0])
-
-    def worth() -> list[bool]:
-        return policy.is_worth_reading(unread, left, 16, 0.0).tolist()
-
-    assert all(worth()), "what reading costs is not known yet"
-    policy.observe_first_pass(127, 1.0)
-    assert all(worth()), "a few tokens do not tell"
-    # A gain of 1.25 saves 20 of 100 tokens' time, which is what a thousand tokens take to read.
-    policy.observe_first_pass(1000, 20 * token)
-    assert worth() == [False, False, True, True]
-    for _ in range(50):
-        policy.observe_first_pass(1000, 10 * token)
-    assert worth() == [False, True, True, True]
-
-
 # ---- learning
 
 
