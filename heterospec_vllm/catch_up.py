@@ -143,10 +143,8 @@ class HeadProgress:
         if not chosen:
             return None
         nexts = np.array([self._next[r] for r in chosen])
-        late = context_starts > 0
-        if late.any():
-            self._count_late([r for r, is_late in zip(chosen, late, strict=True) if is_late])
-        if pieces or not feed.all() or (late & (nexts - tokens.num_tokens < context_starts)).any():
+        self._count_late(chosen)
+        if pieces or not feed.all() or (nexts - tokens.num_tokens < context_starts).any():
             tokens = _gather(chosen, tokens, fed, starts, ends, pieces, nexts, context_starts)
         self._mark(tokens, seen=True)
         return with_context_starts(tokens, context_starts, self._block_size)
@@ -177,7 +175,7 @@ class HeadProgress:
             self._forget(self._kept.popleft())
 
     def _count_late(self, req_ids: list[str]) -> None:
-        new = set(req_ids) - self._late
+        new = self._starts.keys() & set(req_ids) - self._late
         self.num_late += len(new)
         self._late |= new
 

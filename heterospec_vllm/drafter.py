@@ -71,10 +71,9 @@ class HeteroSpecProposer(TreeDrafter, EagleProposer):
     def _first_pass_of(self, tokens: TrueTokens) -> HeadContext:
         fused = self._fused
         if fused is not None:
-            if len(tokens.token_ids) > MAX_ROWS or not context_offsets(tokens).all():
+            if not _fits_kernel(tokens):
                 tokens = self._all_but_last_read(fused, tokens)
-            # The kernel looks back at pages at least; a context of one token has none.
-            if len(tokens.token_ids) <= MAX_ROWS and context_offsets(tokens).all():
+            if _fits_kernel(tokens):
                 return self._fused_first_pass(fused, tokens)
         num_tokens, last_rows, cad = self.set_inputs_first_pass(
             target_token_ids=tokens.token_ids,
@@ -243,3 +242,8 @@ class HeteroSpecProposer(TreeDrafter, EagleProposer):
                     torch.zeros(shape, dtype=dtype),
                     torch.zeros(shape, dtype=dtype),
                 )
+
+
+def _fits_kernel(tokens: TrueTokens) -> bool:
+    """Few rows, and something before each: the kernel looks back at pages at least."""
+    return len(tokens.token_ids) <= MAX_ROWS and bool(context_offsets(tokens).all())

@@ -106,10 +106,13 @@ class MarginalPolicy(DraftPolicy):
 
     def is_worth_reading(self, num_unread, tokens_left, num_reqs, context) -> Bools:
         """A long prompt before a short answer costs more to read than its drafts could save."""
+        worth = num_unread <= self.read_anyway
+        if worth.all():
+            return worth
         gain = max(self.switch.start, self.switch.gain(num_reqs, self._predicted))
         saved = self.costs.plain_step(num_reqs, context) / num_reqs * (1.0 - 1.0 / gain)
         price = self._read_trust * median_low(self._readings) if self._readings else 0.0
-        worth = (num_unread <= self.read_anyway) | (num_unread * price <= tokens_left * saved)
+        worth |= num_unread * price <= tokens_left * saved
         if not worth.all():
             self._read_trust *= self.read_doubt
         return worth

@@ -242,8 +242,7 @@ class TreeDrafter:
     def _true_token_metadata(self, tokens: TrueTokens) -> CommonAttentionMetadata:
         """Causal metadata over the true tokens behind their requests' contexts."""
         num_tokens = tokens.num_tokens
-        start = np.zeros(num_tokens.size + 1, dtype=np.int64)
-        np.cumsum(num_tokens, out=start[1:])
+        start = np.concatenate([[0], tokens.ends])
         query_start_loc = torch.from_numpy(start).int()
         seq_lens = (context_offsets(tokens)[torch.from_numpy(start[1:] - 1)] + 1).int()
         seq_lens_cpu = seq_lens.cpu()

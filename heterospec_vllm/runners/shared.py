@@ -177,9 +177,6 @@ class SpeculatingRunner:
         """
         scheduled = scheduler_output.scheduled_spec_decode_tokens
         num_tokens = scheduler_output.total_num_scheduled_tokens
-        for req_id in scheduler_output.preempted_req_ids or ():
-            # It may come back at the same position in other blocks.
-            self.controller.remove(req_id)
         verified = self.controller.match(
             scheduled, num_tokens, len(scheduler_output.num_scheduled_tokens)
         )

@@ -62,6 +62,9 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
 
     def execute_model(self, scheduler_output: SchedulerOutput, intermediate_tensors=None):
         with CLOCK.span("execute_model"):
+            for req_id in scheduler_output.preempted_req_ids or ():
+                # It may come back at the same position in other blocks.
+                self.controller.remove(req_id)
             with CLOCK.span("match drafts"):
                 self._step, scheduler_output = self._match_drafts(scheduler_output)
             self.counters.steps += bool(scheduler_output.total_num_scheduled_tokens)

@@ -36,6 +36,20 @@ class Heard(PlainPolicy):
         self.cycles.append(cycle)
 
 
+def draft_for_one(controller: Controller, first: int, count: int, demand: Demand) -> None:
+    """The end of a step over some tokens of one request."""
+    tokens = TrueTokens(
+        token_ids=torch.full((count,), 5),
+        positions=torch.arange(first, first + count),
+        features=torch.zeros(count, 3),
+        num_tokens=np.array([count]),
+        next_token_ids=torch.tensor([6], dtype=torch.int32),
+        block_table=torch.ones(1, 1, dtype=torch.int32),
+        context_starts=np.zeros(1, dtype=np.int64),
+    )
+    controller.draft(["r1"], tokens, demand, np.zeros(1, dtype=np.int64), num_step_tokens=count)
+
+
 def test_steps_in_which_nobody_could_be_drafted_for_say_nothing_of_drafts() -> None:
     """A phase of grammars alone would pass for speculation that earns nothing."""
     policy = Heard()
@@ -44,17 +58,8 @@ def test_steps_in_which_nobody_could_be_drafted_for_say_nothing_of_drafts() -> N
     controller.progress = HeadProgress(num_blocks=8, block_size=16)
     for position, limit in enumerate((0, 0, 3, 3, 0)):
         controller.match({}, num_tokens=1, num_reqs=1)
-        tokens = TrueTokens(
-            token_ids=torch.tensor([5]),
-            positions=torch.tensor([position]),
-            features=torch.zeros(1, 3),
-            num_tokens=np.array([1]),
-            next_token_ids=torch.tensor([6], dtype=torch.int32),
-            block_table=torch.ones(1, 1, dtype=torch.int32),
-            context_starts=np.zeros(1, dtype=np.int64),
-        )
         demand = Demand(np.array([True]), np.array([limit]), np.array([9]), np.array([0]))
-        controller.draft(["r1"], tokens, demand, np.zeros(1, dtype=np.int64), num_step_tokens=1)
+        draft_for_one(controller, position, 1, demand)
     # The draft before a step decides: those behind the third and the fourth.
     assert [cycle.speculated for cycle in policy.cycles] == [True, True]
 
@@ -82,19 +87,10 @@ def test_an_unread_request_is_kept_and_read_when_it_is_worth_it() -> None:
         (0, 3, 2, 9), (3, 2, 0, 9), (5, 1, 0, 8), (6, 1, 0, 99), (7, 1, 0, 98)
     ]:  # fmt: skip
         controller.match({}, num_tokens=count, num_reqs=1)
-        tokens = TrueTokens(
-            token_ids=torch.full((count,), 5),
-            positions=torch.arange(first, first + count),
-            features=torch.zeros(count, 3),
-            num_tokens=np.array([count]),
-            next_token_ids=torch.tensor([6], dtype=torch.int32),
-            block_table=torch.ones(1, 1, dtype=torch.int32),
-            context_starts=np.zeros(1, dtype=np.int64),
-        )
         demand = Demand(
             np.array([True]), np.array([3]), np.array([tokens_left]), np.array([prompt_left])
         )
-        controller.draft(["r1"], tokens, demand, np.zeros(1, dtype=np.int64), num_step_tokens=count)
+        draft_for_one(controller, first, count, demand)
         unread.append(policy.unread)
     assert unread == [[5], [5], [6], [7], [1]]
     assert fed == [([0, 1, 2, 3, 4, 5, 6], 1), ([7], 1)]
