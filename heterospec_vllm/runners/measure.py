@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -21,9 +20,10 @@ logger = init_logger(__name__)
 
 TOKENS = (1, 4, 8, 16, 32, 64, 256)
 ROWS = (1, 4, 8, 32, 128)
-REPEATS = 3
+ROUNDS = 5
 LEAST_SIZES = 3
-MOST_SECONDS = 3.0  # after which no larger size is begun
+# Seconds after which no larger size is tried, and after which no further round is begun.
+SIZES_SECONDS, MOST_SECONDS = 2.0, 4.0
 
 
 def measure_costs(runner: Any, proposer: TreeDrafter) -> StepCosts:
@@ -45,26 +45,30 @@ def measure_costs(runner: Any, proposer: TreeDrafter) -> StepCosts:
 
 
 def _measure(run: Callable[[int], None], sizes: tuple[int, ...], most: int) -> tuple[Ints, Floats]:
-    """(sizes, seconds): as many sizes up to ``most`` as the time allows, from the smallest on."""
+    """(sizes, seconds) of single runs: as many sizes up to ``most`` as the time allows, from the smallest on.
+
+    Sizes take turns. What a token adds is a difference of two times, and a machine whose clock or neighbours change
+    while one size is measured after another would show that change instead.
+    """
     start = time.perf_counter()
     sizes = tuple(n for n in sizes if n <= most) or (most,)
-    seconds: list[float] = []
+    warm = 0
     for n in sizes:
-        seconds.append(_median(partial(run, n)))
+        run(n)
+        warm += 1
         # Where a processor has no instructions for the dtype, tokens cost alike and many take long.
-        if len(seconds) >= LEAST_SIZES and time.perf_counter() - start > MOST_SECONDS:
+        if warm >= LEAST_SIZES and time.perf_counter() - start > SIZES_SECONDS:
             break
-    return np.array(sizes[: len(seconds)]), np.array(seconds)
-
-
-def _median(run: Callable[[], None]) -> float:
-    run()
-    seconds = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+    samples: list[tuple[int, float]] = []
+    for _ in range(ROUNDS):
+        for n in sizes[:warm]:
+            began = time.perf_counter()
+            run(n)
+            samples.append((n, time.perf_counter() - began))
+        if time.perf_counter() - start > MOST_SECONDS:
+            break
+    counts, seconds = zip(*samples, strict=True)
+    return np.array(counts), np.array(seconds)
 
 
 def _target(runner: Any, proposer: TreeDrafter, num_tokens: int) -> None:
