@@ -219,7 +219,7 @@ class Controller:
         feed = self._feed(scope, req_ids, worth, limits)
         fed = self.progress.advance(req_ids, tokens, feed, follow)
         caught_up = 0
-        if fed is not None:
+        if fed is not None and fed is not tokens:
             caught_up = int(np.maximum(0, fed.num_tokens - tokens.num_tokens[feed]).sum())
             self.counters.caught_up_tokens += caught_up
         if scope in ("none", "probe"):

@@ -28,6 +28,19 @@ LEAST_SHARE = 0.02  # of a measurement in a knot
 TABLES = ("verify", "first_pass", "level")
 
 
+@compiled("f8[::1](f8[::1], f8[::1], f8[:], f8, f8)")
+def _line(knots, seconds, counts, fixed, per_count):
+    """See :meth:`CostTable.__call__`."""
+    last = knots.size - 1
+    out = np.empty(counts.size, np.float64)
+    for i in range(counts.size):
+        count = max(counts[i], knots[0])
+        low = min(np.searchsorted(knots, count, side="right") - 1, last - 1)
+        rise = (seconds[low + 1] - seconds[low]) / (knots[low + 1] - knots[low])
+        out[i] = seconds[low] + rise * (count - knots[low]) + fixed + per_count * counts[i]
+    return out
+
+
 @compiled("void(f8[::1], f8[::1], f8[::1], f8, f8, f8)")
 def _observe(
     knots,  # [num_knots]
@@ -91,12 +104,10 @@ class CostTable:
         low = min(bisect_right(x, count), len(x) - 1) - 1
         return y[low] + (y[low + 1] - y[low]) * (count - x[low]) / (x[low + 1] - x[low])
 
-    def __call__(self, counts: Any) -> Any:
-        """Seconds of an array of counts; linear beyond the last knot."""
-        x = np.asarray(counts, dtype=np.float64)
-        inside = np.interp(x, self.knots, self.seconds)
-        slope = (self._y[-1] - self._y[-2]) / (self._x[-1] - self._x[-2])
-        return inside + slope * np.maximum(x - self._x[-1], 0.0)
+    def __call__(self, counts: Ints | Floats, fixed: float = 0.0, per_count: float = 0.0) -> Floats:
+        """Seconds of some counts, linear beyond the last knot, and what else is ``fixed`` or grows with the count."""
+        given = np.asarray(counts, dtype=np.float64)
+        return _line(self.knots, self.seconds, given, fixed, per_count)
 
     def observe(self, count: float, seconds: float, floor: float = LEAST_SHARE) -> None:
         """One measurement: moves the whole table a little and the two knots around ``count`` further.
@@ -130,7 +141,8 @@ class StepCosts:
 
     def step(self, num_tokens: float, num_reqs: int, context: float) -> float:
         """Seconds of a target step over ``num_tokens`` tokens."""
-        return self.verify.at(num_tokens) + float(self.extra(num_tokens, num_reqs, context))
+        fixed, per_row = self._extra(num_reqs, context)
+        return self.verify.at(num_tokens) + fixed + per_row * num_tokens
 
     def plain_step(self, num_reqs: int, context: float) -> float:
         """Seconds of a step of plain decoding."""
@@ -138,12 +150,12 @@ class StepCosts:
 
     def steps(self, num_tokens: Ints, num_reqs: int, context: float) -> Floats:
         """Seconds of target steps over each of several numbers of tokens."""
-        return self.verify(num_tokens) + self.extra(num_tokens, num_reqs, context)
+        return self.verify(num_tokens, *self._extra(num_reqs, context))
 
-    def extra(self, num_tokens: Any, num_reqs: int, context: float) -> Any:
-        """What requests and their contexts add to a step: every row attends to the context of its own request."""
-        rows = num_tokens / max(num_reqs, 1)
-        return self.request_seconds * num_reqs + self.context_seconds * context * rows
+    def _extra(self, num_reqs: int, context: float) -> tuple[float, float]:
+        """What requests and their contexts add to a step, and to each row: it attends to its own request's context."""
+        per_row = self.context_seconds * context / max(num_reqs, 1)
+        return self.request_seconds * num_reqs, per_row
 
     def observe_step(
         self,
@@ -153,8 +165,8 @@ class StepCosts:
         seconds: float,
         floor: float = LEAST_SHARE,
     ) -> None:
-        extra = float(self.extra(num_tokens, num_reqs, context))
-        self.verify.observe(num_tokens, seconds - extra, floor)
+        fixed, per_row = self._extra(num_reqs, context)
+        self.verify.observe(num_tokens, seconds - fixed - per_row * num_tokens, floor)
 
     def as_dict(self) -> dict[str, Any]:
         tables = {

@@ -13,7 +13,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.v1.spec_decode.eagle import EagleProposer
 
-from heterospec_vllm import level_loops
+from heterospec_vllm import row_loops
 from heterospec_vllm.attention.cpu import DraftLevelMetadata
 from heterospec_vllm.fused_head import MAX_ROWS, FusedHead, fused_head
 from heterospec_vllm.policies import DraftPolicy
@@ -114,21 +114,22 @@ class HeteroSpecProposer(TreeDrafter, EagleProposer):
 
     def _fused_first_pass(self, fused: FusedHead, tokens: TrueTokens) -> HeadContext:
         """As a level that is a chain, whose keys and values go into the pages, too."""
-        positions, offsets = tokens.positions, context_offsets(tokens)
-        start, context_lens, before, slots = level_loops.true_rows(
-            tokens.num_tokens, offsets.numpy(), tokens.block_table.numpy(), self.block_size
-        )
-        last = torch.from_numpy(start[1:] - 1)
         # The head takes each token's features with the token that followed it.
-        token_ids = tokens.token_ids.roll(-1).long()
-        token_ids[last] = tokens.next_token_ids.long()
+        start, context_lens, before, slots, following, seq_lens = row_loops.true_rows(
+            tokens.num_tokens,
+            context_offsets(tokens).numpy(),
+            tokens.block_table.numpy(),
+            self.block_size,
+            tokens.token_ids.int().numpy(),
+            tokens.next_token_ids.numpy(),
+        )
         self._begin_levels(MAX_ROWS)
         with CLOCK.span("head forward"):
             features = fused.fuse_taps(tokens.features)
         normed, hidden = self._fused_forward(
             fused,
-            token_ids=token_ids,
-            positions=positions,
+            token_ids=torch.from_numpy(following),
+            positions=tokens.positions,
             hidden=features,
             query_start_loc=torch.from_numpy(start),
             context_lens=torch.from_numpy(context_lens),
@@ -137,12 +138,16 @@ class HeteroSpecProposer(TreeDrafter, EagleProposer):
             tail_index=torch.from_numpy(before),
             slots=torch.from_numpy(slots),
         )
+        positions = tokens.positions
+        if seq_lens.size < len(following):
+            last = torch.from_numpy(tokens.ends - 1)
+            normed, hidden, positions = normed[last], hidden[last], positions[last]
         return HeadContext(
-            seq_lens=(offsets[last] + 1).int(),
+            seq_lens=torch.from_numpy(seq_lens),
             block_table=tokens.block_table,
-            normed=normed[last],
-            hidden=hidden[last],
-            positions=positions[last],
+            normed=normed,
+            hidden=hidden,
+            positions=positions,
         )
 
     def _fused_forward(self, fused: FusedHead, **rows: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -194,41 +199,42 @@ class HeteroSpecProposer(TreeDrafter, EagleProposer):
         first_row: int,  # of the scratch
         frontier: Frontier,
         context: HeadContext,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Run the head over a frontier: (normed output, output, scratch rows of each node and its ancestors)."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the head over a frontier: (normed output, output)."""
         num_tokens = frontier.num_rows
-        own = torch.arange(first_row, first_row + num_tokens)[:, None]
-        tail = torch.cat([frontier.tail, own], dim=1)
+        tail = torch.from_numpy(frontier.tail)
         # The rotary table ends at the model's length; a draft beyond it is never scheduled.
-        positions = (context.positions + level).clamp(max=self.max_model_len - 1)
+        positions = torch.from_numpy(
+            row_loops.level_positions(
+                context.positions.numpy(), frontier.reqs, level, self.max_model_len - 1
+            )
+        )
         fused = self._fused_for(num_tokens)
         if fused is not None:
-            normed, hidden = self._fused_forward(
+            return self._fused_forward(
                 fused,
                 token_ids=frontier.tokens,
-                positions=positions[frontier.reqs],
+                positions=positions,
                 hidden=frontier.hidden,
                 query_start_loc=frontier.query_start_loc,
                 context_lens=context.seq_lens,
                 block_table=context.block_table,
                 first_row=first_row,
-                tail_index=tail.int(),
+                tail_index=tail,
             )
-            return normed, hidden, tail
         self.input_ids[:num_tokens] = frontier.tokens
-        self.positions[:num_tokens] = positions[frontier.reqs]
+        self.positions[:num_tokens] = positions
         self.hidden_states[:num_tokens] = frontier.hidden
         metadata = DraftLevelMetadata(
             query_start_loc=frontier.query_start_loc,
             context_lens=context.seq_lens,
             block_table=context.block_table,
-            tail_index=tail.int(),
+            tail_index=tail,
             scratch_rows=slice(first_row, first_row + num_tokens),
             scratch=self._scratch,
         )
         layer_metadata: dict[str, object] = dict.fromkeys(self._draft_attn_layer_names, metadata)
-        normed, hidden = self._run_head(num_tokens, layer_metadata, slots={})
-        return normed, hidden, tail
+        return self._run_head(num_tokens, layer_metadata, slots={})
 
     def _begin_levels(self, num_rows: int) -> None:
         """Per head layer a key and a value scratch of at least ``num_rows`` rows; grows, never shrinks."""

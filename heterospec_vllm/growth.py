@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from heterospec_vllm import level_loops
+from heterospec_vllm import level_loops, row_loops
 from heterospec_vllm.policies import Batch, DraftPolicy, Level
 from heterospec_vllm.signals import meta_path_end
 from heterospec_vllm.tree import NO_ROW, CandidatePool, Floats, Ints
@@ -34,18 +34,15 @@ class Parents:
 
     @classmethod
     def of(cls, slots: Ints, level_pool: CandidatePool, first_column: int) -> Parents:
-        at = np.maximum(slots, 0)
-        reqs = np.arange(slots.shape[0])[:, None]
-
-        def picked(values):
-            return values[reqs, at]
-
         return cls(
-            columns=first_column + at,
-            log_probs=picked(level_pool.log_probs),
-            survivals=np.where(slots >= 0, picked(level_pool.survivals), 0.0),
-            entropies=picked(level_pool.entropies),
-            strata=picked(level_pool.strata),
+            *row_loops.parents_of(
+                slots,
+                first_column,
+                level_pool.log_probs,
+                level_pool.survivals,
+                level_pool.entropies,
+                level_pool.strata,
+            )
         )
 
 

@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from heterospec_vllm.compiled import NO_ROW, compiled
+from heterospec_vllm.compiled import compiled
 
 
 @compiled("f8(f4[:])")
@@ -232,49 +232,6 @@ def inherit(
                     )
 
 
-@compiled(
-    "Tuple((i8[:,::1], i8[:,::1], i8[::1], i8[::1], i8[::1], i4[::1]))(b1[:,:], i8[:,:], i8[:,:])"
-)
-def frontier(
-    chosen,  # [num_reqs, num_candidates]
-    rows,  # [num_reqs, width] the head's rows of the level's parents
-    tokens,  # [num_reqs, num_candidates]
-):
-    """The chosen candidates packed to the left.
-
-    [num_reqs, new_width] their columns and new rows (NO_ROW padded); [num_new_rows] request, parent's row and token
-    of each; [num_reqs + 1] where each request's rows start.
-    """
-    num_reqs, num_candidates = chosen.shape
-    top_k = num_candidates // rows.shape[1]
-    start = np.zeros(num_reqs + 1, np.int32)
-    width = 0
-    for req in range(num_reqs):
-        count = 0
-        for at in range(num_candidates):
-            count += chosen[req, at]
-        start[req + 1] = start[req] + count
-        width = max(width, count)
-    num_rows = start[num_reqs]
-    slots = np.full((num_reqs, width), NO_ROW, np.int64)
-    own = np.full((num_reqs, width), NO_ROW, np.int64)
-    reqs = np.empty(num_rows, np.int64)
-    parents = np.empty(num_rows, np.int64)
-    node_tokens = np.empty(num_rows, np.int64)
-    for req in range(num_reqs):
-        place = 0
-        for at in range(num_candidates):
-            if chosen[req, at]:
-                row = start[req] + place
-                slots[req, place] = at
-                own[req, place] = row
-                reqs[row] = req
-                parents[row] = rows[req, at // top_k]
-                node_tokens[row] = tokens[req, at]
-                place += 1
-    return slots, own, reqs, parents, node_tokens, start
-
-
 @compiled("Tuple((i8[::1], f8, f8))(f8[:,:], i8[:], f8[:], f8)")
 def best_prefix(
     survivals,  # [num_reqs, max_nodes] falling along each row
@@ -306,32 +263,18 @@ def best_prefix(
     return num_nodes, best_tokens, best_rate
 
 
-@compiled("Tuple((i4[::1], i4[::1], i4[:,::1], i8[::1]))(i8[::1], i8[::1], i4[:,:], i8)")
-def true_rows(
-    num_tokens,  # [num_reqs]
-    offsets,  # [num_tokens] from the start of the head's context, rising by one within a request
-    block_table,  # [num_reqs, max_blocks] from there
-    block_size,
+@compiled("void(f8[::1], f8[:,:], f8)")
+def smooth(
+    curve,  # [max_nodes], moved
+    survivals,  # [num_reqs, num_candidates], num_reqs >= 1
+    rate,
 ):
-    """Where true tokens lie among the head's keys, as for nodes of a level that is a chain.
-
-    [num_reqs + 1] where each request's rows start; [num_reqs] keys before them; [num_tokens, longest] rows of the
-    same request up to each one (NO_ROW padded); [num_tokens] slot in the pages.
-    """
-    num_reqs = num_tokens.size
-    start = np.zeros(num_reqs + 1, np.int32)
-    context_lens = np.empty(num_reqs, np.int32)
-    longest = 0
+    """Moves a mean curve towards the mean survival of each request's i-th best candidate, 0 where there is none."""
+    num_reqs = survivals.shape[0]
+    mean = np.zeros(curve.size, np.float64)
     for req in range(num_reqs):
-        start[req + 1] = start[req] + num_tokens[req]
-        longest = max(longest, num_tokens[req])
-        context_lens[req] = offsets[start[req]]
-    before = np.full((start[num_reqs], longest), NO_ROW, np.int32)
-    slots = np.empty(start[num_reqs], np.int64)
-    for req in range(num_reqs):
-        for row in range(start[req], start[req + 1]):
-            for i in range(row - start[req] + 1):
-                before[row, i] = start[req] + i
-            block = block_table[req, offsets[row] // block_size]
-            slots[row] = block * block_size + offsets[row] % block_size
-    return start, context_lens, before, slots
+        best = np.sort(survivals[req])[::-1]
+        for place in range(min(curve.size, best.size)):
+            mean[place] += best[place] / num_reqs
+    for place in range(curve.size):
+        curve[place] += rate * (mean[place] - curve[place])

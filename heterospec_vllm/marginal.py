@@ -146,7 +146,7 @@ class MarginalPolicy(DraftPolicy):
 
     def expand(self, batch: Batch, level: Level) -> Bools:
         if level.depth == 1:
-            self._smooth(self.first_level_curve, np.sort(level.survivals, axis=1)[:, ::-1])
+            self._smooth(self.first_level_curve, level.survivals)
             self._num_levels = 0
             self._num_rows = 0
         if level.depth >= self.shape.max_depth:
@@ -243,13 +243,8 @@ class MarginalPolicy(DraftPolicy):
 
     def _smooth(self, curve: Floats, survivals: Floats) -> None:
         """Moves a mean curve towards this draft's, per request (a probe speaks for more)."""
-        if not survivals.shape[0]:
-            return
-        width = min(curve.size, survivals.shape[1])
-        mean = np.zeros(curve.size)
-        mean[:width] = survivals[:, :width].mean(axis=0)
-        rate = 0.3 if self._scope == "probe" else 0.05
-        curve += rate * (mean - curve)
+        if survivals.shape[0]:
+            level_loops.smooth(curve, survivals, 0.3 if self._scope == "probe" else 0.05)
 
 
 def _paper_edges(profile: Profile | None, depth: int) -> tuple[float, ...]:

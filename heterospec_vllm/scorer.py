@@ -11,12 +11,12 @@ from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
-from heterospec_vllm.attention.cpu import TreeRows
 from heterospec_vllm.cache import KVMoves, plan_moves
 from heterospec_vllm.kernels import reference
 from heterospec_vllm.kernels.argmax_rows_cpu import argmax_rows_cpu
 from heterospec_vllm.kernels.kv_compact_cpu import kv_compact_cpu
 from heterospec_vllm.kernels.tree_attention_cpu import is_available
+from heterospec_vllm.kernels.walk_greedy_cpu import walk_greedy_cpu
 from heterospec_vllm.timing import CLOCK
 from heterospec_vllm.tree import DraftTrees, Ints
 from heterospec_vllm.verify import Walk, walk
@@ -42,23 +42,6 @@ class TreeScorer:
         tokens = argmax_rows(logits, torch.arange(logits.shape[0]))
         return SamplerOutput(sampled_token_ids=tokens.int()[:, None], logprobs_tensors=None)
 
-    def attention_rows(
-        self,
-        trees: DraftTrees,  # of the requests that attend as trees, which come first in the batch
-        context_lens: Ints,  # [num_tree_reqs] keys in the pages before this step
-        block_table: torch.Tensor,  # [num_tree_reqs, max_blocks] int32
-    ) -> TreeRows:
-        """Which keys every tree row sees: its request's context and, among the step's rows, its ancestors."""
-        num_rows = trees.num_nodes + 1
-        start = np.zeros(trees.num_reqs + 1, dtype=np.int32)
-        np.cumsum(num_rows, out=start[1:])
-        return TreeRows(
-            query_start_loc=torch.from_numpy(start),
-            seq_lens=torch.from_numpy((context_lens + num_rows).astype(np.int32)),
-            block_table=block_table,
-            ancestor_mask=torch.from_numpy(trees.row_masks()),
-        )
-
     def walk(
         self,
         trees: DraftTrees,
@@ -73,12 +56,7 @@ class TreeScorer:
         first_row = np.zeros(trees.num_reqs, dtype=np.int64)
         np.cumsum(trees.num_nodes[:-1] + 1, out=first_row[1:])
         if is_plain_greedy(sampling_metadata):
-            walked = walk(
-                trees,
-                lambda reqs, rows, _: argmax_rows(
-                    logits, torch.from_numpy(first_row[reqs] + rows)
-                ).numpy(),
-            )
+            walked = walk_greedy(trees, logits, first_row)
             return walked, _sampler_output(walked, None)
         levels: list[_SampledLevel] = []
 
@@ -141,6 +119,23 @@ def argmax_rows(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """[num_rows] the token with the largest logit of each named row, as vLLM's greedy sampling picks it."""
     with CLOCK.span("sampling"):
         return (argmax_rows_cpu if is_available() else reference.argmax_rows)(logits, rows)
+
+
+def walk_greedy(
+    trees: DraftTrees,
+    logits: torch.Tensor,  # [num_logits, vocab_size]
+    first_row: Ints,  # [num_reqs] the root's row of the logits
+) -> Walk:
+    """`verify.walk` with the argmax of each visited row, in one call."""
+    with CLOCK.span("sampling"):
+        walked = (walk_greedy_cpu if is_available() else reference.walk_greedy)(
+            logits,
+            torch.from_numpy(first_row),
+            torch.from_numpy(trees.parents),
+            torch.from_numpy(trees.tokens),
+            trees.max_depth + 1,
+        )
+    return Walk(*(values.numpy() for values in walked))
 
 
 class _SampledLevel:

@@ -26,7 +26,7 @@ from heterospec_vllm.kernels.tree_attention_plan import MAX_ROWS
 from heterospec_vllm.policies import DraftPolicy
 from heterospec_vllm.timing import CLOCK
 from heterospec_vllm.tree import Floats, Ints
-from heterospec_vllm.tree_drafter import Frontier, HeadContext, TreeDrafter
+from heterospec_vllm.tree_drafter import Frontier, HeadContext, Ints32, TreeDrafter
 from heterospec_vllm.true_tokens import TrueTokens
 
 # (batch, tap states of the step's tokens, whether drafts can be used) -> nothing: the runner's side of a draft
@@ -38,9 +38,7 @@ class _Expanded:
     """The nodes of one level that were expanded, in the order of the batch."""
 
     reqs: Ints  # [num_rows]
-    tail: (
-        Ints  # [num_rows, level] rows of the node's ancestors and its own, counted over all levels
-    )
+    tail: Ints32  # [num_rows, level] rows of the node's ancestors and its own, over all levels
     tokens: torch.Tensor  # [num_rows]
     hidden: torch.Tensor  # [num_rows, hidden_size] output for their parents
 
@@ -158,11 +156,9 @@ class HeteroSpecSpeculator(TreeDrafter, EagleSpeculator):
 
     def _forward_level(
         self, level: int, first_row: int, frontier: Frontier, context: HeadContext
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        own = torch.arange(first_row, first_row + frontier.num_rows)[:, None]
-        tail = torch.cat([frontier.tail, own], dim=1)
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         self._levels.append(
-            _Expanded(frontier.reqs.numpy(), tail.numpy(), frontier.tokens, frontier.hidden)
+            _Expanded(frontier.reqs, frontier.tail, frontier.tokens, frontier.hidden)
         )
         rows = rows_by_request(
             [(held.reqs, held.tail) for held in self._levels], context.seq_lens.shape[0]
@@ -186,7 +182,7 @@ class HeteroSpecSpeculator(TreeDrafter, EagleSpeculator):
             )
         normed, hidden = self._run_head(num_rows, *self._attention(common, trees))
         latest = torch.from_numpy(rows.place[first_row:])
-        return normed[latest], hidden[latest], tail
+        return normed[latest], hidden[latest]
 
     def _level_metadata(self, rows: RowsByRequest, context: HeadContext) -> CommonAttentionMetadata:
         """The tree's rows behind each request's true tokens."""
@@ -237,7 +233,7 @@ class RowsByRequest:
         return bool((self.ancestor_mask.view(np.uint64) == causal).all())
 
 
-def rows_by_request(levels: list[tuple[Ints, Ints]], num_reqs: int) -> RowsByRequest:
+def rows_by_request(levels: list[tuple[Ints, Ints32]], num_reqs: int) -> RowsByRequest:
     """levels: of each, requests [num_rows] and rows [num_rows, level] of the ancestors and the node itself."""
     reqs = np.concatenate([level_reqs for level_reqs, _ in levels])
     order = np.argsort(reqs, kind="stable")

@@ -62,6 +62,16 @@ class CandidatePool:
 
 
 @dataclass(frozen=True)
+class PlacedRows:
+    """The rows of a batch's trees in a step, request by request."""
+
+    positions: Ints  # [num_rows] they follow the depth
+    query_start_loc: NDArray[np.int32]  # [num_reqs + 1]
+    seq_lens: NDArray[np.int32]  # [num_reqs] the context and the rows
+    ancestor_mask: Ints  # [num_rows] bit j: sees row j of its own request
+
+
+@dataclass(frozen=True)
 class DraftTrees:
     """Draft trees of ``num_reqs`` requests, padded to one width; nodes come best first until they are laid out."""
 
@@ -91,14 +101,7 @@ class DraftTrees:
     @cached_property
     def is_chain(self) -> NDArray[np.bool_]:
         """[num_reqs] True where every node is the only child of the row before it (an empty tree is a chain)."""
-        rows = np.arange(self.max_nodes + 1)
-        real = (rows >= 1) & (rows <= self.num_nodes[:, None])
-        return ~(real & (self.parents != rows - 1)).any(axis=1)
-
-    @cached_property
-    def is_row(self) -> NDArray[np.bool_]:
-        """[num_reqs, max_nodes + 1] True for the root and every node."""
-        return np.arange(self.max_nodes + 1) <= self.num_nodes[:, None]
+        return tree_loops.chains(self.parents, self.num_nodes)
 
     @classmethod
     def empty(cls, num_reqs: int) -> DraftTrees:
@@ -216,13 +219,14 @@ class DraftTrees:
             strata=stack("strata", 0, width),
         )
 
-    def ancestor_bitmask(self) -> NDArray[np.uint64]:
-        """[num_reqs, max_nodes + 1] bit ``j`` of row ``r``: row ``r`` sees row ``j`` (itself and its ancestors)."""
-        return tree_loops.ancestors(self.parents, self.num_nodes)
-
-    def row_masks(self) -> Ints:
-        """[num_rows] the bitmask of each row, request by request, as the attention kernels take it."""
-        return self.ancestor_bitmask()[self.is_row].view(np.int64)
+    def placed(
+        self,
+        context_lens: Ints,  # [num_reqs] tokens before the root
+    ) -> PlacedRows:
+        """The rows one after the other, as the step has them."""
+        return PlacedRows(
+            *tree_loops.place(self.parents, self.depths, self.num_nodes, context_lens)
+        )
 
     def children_matching(
         self,

@@ -17,11 +17,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from heterospec_vllm import level_loops
+from heterospec_vllm import row_loops
 from heterospec_vllm.growth import Parents, children_of, level_of
 from heterospec_vllm.policies import Batch, DraftPolicy
 from heterospec_vllm.policy import Bools, in_beam
@@ -36,6 +37,8 @@ from heterospec_vllm.true_tokens import (
     slots_of,
     without_start,
 )
+
+Ints32 = NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,11 @@ class Frontier:
 
     slots: Ints  # [num_reqs, width] their candidate column in the level, NO_ROW padded
     rows: Ints  # [num_reqs, width] their row in the head's batch, NO_ROW padded
-    reqs: torch.Tensor  # [num_rows] request of each row
+    reqs: Ints  # [num_rows] request of each row
     tokens: torch.Tensor  # [num_rows]
     query_start_loc: torch.Tensor  # [num_reqs + 1] int32
     hidden: torch.Tensor  # [num_rows, hidden_size] output for their parents
-    tail: torch.Tensor  # [num_rows, level - 1] scratch rows of their ancestors
+    tail: Ints32  # [num_rows, level] rows, over all levels, of their ancestors and of themselves
 
     @property
     def num_rows(self) -> int:
@@ -114,8 +117,8 @@ class TreeDrafter:
 
     def _forward_level(
         self, level: int, first_row: int, frontier: Frontier, context: HeadContext
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Run the head over a frontier: (normed output, output, rows of each node and its ancestors).
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the head over a frontier: (normed output, output).
 
         first_row: nodes expanded in the levels before, which are the first rows.
         """
@@ -268,7 +271,7 @@ class TreeDrafter:
         parent = Parents.roots(num_reqs)
         rows = np.arange(num_reqs)[:, None]
         normed, hidden = context.normed, context.hidden
-        tail = torch.empty((num_reqs, 0), dtype=torch.int64)
+        tail = np.empty((num_reqs, 0), dtype=np.int32)
         most = self._most_expanded(policy, num_reqs)
         pools: list[CandidatePool] = []
         meta_entropies = np.zeros(num_reqs, dtype=np.float32)
@@ -299,12 +302,13 @@ class TreeDrafter:
             with CLOCK.span("policy"):
                 level = level_of(policy, depth, level_pool, parent, meta_entropies)
                 chosen = policy.expand(batch, level)
-            frontier = self._frontier(chosen, level_pool, rows, hidden, tail, most)
+            frontier = self._frontier(chosen, level_pool, rows, hidden, tail, first_row, most)
             if not frontier.num_rows:
                 break
             if not first_row:
                 self._begin_levels(num_reqs * most * (policy.max_depth - 1))
-            normed, hidden, tail = self._forward_level(depth, first_row, frontier, context)
+            normed, hidden = self._forward_level(depth, first_row, frontier, context)
+            tail = frontier.tail
             first_row += frontier.num_rows
             parent = Parents.of(frontier.slots, level_pool, pool_size)
             rows = frontier.rows
@@ -317,24 +321,24 @@ class TreeDrafter:
         level_pool: CandidatePool,
         rows: Ints,  # [num_reqs, width] head rows of the level's parents
         hidden: torch.Tensor,  # [num_parent_rows, hidden_size]
-        tail: torch.Tensor,  # [num_parent_rows, level - 1]
+        tail: Ints32,  # [num_parent_rows, level - 1]
+        first_row: int,
         most: int,  # nodes of a request
     ) -> Frontier:
         """The chosen candidates packed to the left, with what the head needs of their parents."""
         if chosen.sum(axis=1).max() > most:
             chosen = chosen & in_beam(np.where(chosen, level_pool.log_probs, -np.inf), most)
-        slots, own_rows, reqs, parents, tokens, start = level_loops.frontier(
-            chosen, rows, level_pool.tokens
+        slots, own_rows, reqs, parents, tokens, start, new_tail = row_loops.frontier(
+            chosen, rows, level_pool.tokens, tail, first_row
         )
-        parent_rows = torch.from_numpy(parents)
         return Frontier(
             slots=slots,
             rows=own_rows,
-            reqs=torch.from_numpy(reqs),
+            reqs=reqs,
             tokens=torch.from_numpy(tokens),
             query_start_loc=torch.from_numpy(start),
-            hidden=hidden[parent_rows],
-            tail=tail[parent_rows],
+            hidden=hidden[torch.from_numpy(parents)],
+            tail=new_tail,
         )
 
 

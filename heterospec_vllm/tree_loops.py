@@ -141,18 +141,44 @@ def lay_out(tokens, parents, depths, ranks, num_nodes, log_probs, survivals, str
     return trees
 
 
-@compiled("u8[:,::1](i8[:,:], i8[:])")
-def ancestors(
+@compiled("b1[::1](i8[:,:], i8[:])")
+def chains(
     parents,  # [num_reqs, max_nodes + 1]
     num_nodes,  # [num_reqs]
 ):
-    """[num_reqs, max_nodes + 1] bit ``j`` of row ``r``: row ``r`` sees row ``j``; 0 beyond num_nodes."""
-    out = np.zeros(parents.shape, np.uint64)
-    for req in range(parents.shape[0]):
-        out[req, 0] = np.uint64(1)
+    """[num_reqs] whether every node is the child of the row before it."""
+    out = np.ones(num_nodes.size, np.bool_)
+    for req in range(num_nodes.size):
         for row in range(1, num_nodes[req] + 1):
-            out[req, row] = out[req, parents[req, row]] | (np.uint64(1) << np.uint64(row))
+            if parents[req, row] != row - 1:
+                out[req] = False
     return out
+
+
+@compiled("Tuple((i8[::1], i4[::1], i4[::1], i8[::1]))(i8[:,:], i8[:,:], i8[:], i8[:])")
+def place(
+    parents,  # [num_reqs, max_nodes + 1]
+    depths,  # [num_reqs, max_nodes + 1]
+    num_nodes,  # [num_reqs]
+    context_lens,  # [num_reqs]
+):
+    """The fields of ``PlacedRows``."""
+    num_reqs = num_nodes.size
+    start = np.zeros(num_reqs + 1, np.int32)
+    seq_lens = np.empty(num_reqs, np.int32)
+    for req in range(num_reqs):
+        start[req + 1] = start[req] + num_nodes[req] + 1
+        seq_lens[req] = context_lens[req] + num_nodes[req] + 1
+    positions = np.empty(start[num_reqs], np.int64)
+    masks = np.empty(start[num_reqs], np.int64)
+    for req in range(num_reqs):
+        first = start[req]
+        positions[first] = context_lens[req]
+        masks[first] = 1
+        for row in range(1, num_nodes[req] + 1):
+            positions[first + row] = context_lens[req] + depths[req, row]
+            masks[first + row] = masks[first + parents[req, row]] | (1 << row)
+    return positions, start, seq_lens, masks
 
 
 # ---- after the walk

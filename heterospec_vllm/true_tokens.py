@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from heterospec_vllm import row_loops
 from heterospec_vllm.tree import Ints
 
 
@@ -46,8 +47,13 @@ def context_offsets(tokens: TrueTokens) -> torch.Tensor:
 
 def blocks_of(tokens: TrueTokens, block_size: int) -> torch.Tensor:
     """[num_tokens] int64 KV block of each token."""
-    reqs = torch.from_numpy(np.repeat(np.arange(tokens.num_tokens.size), tokens.num_tokens))
     offsets = context_offsets(tokens)
+    if offsets.device.type == "cpu":
+        table = tokens.block_table.numpy()
+        return torch.from_numpy(
+            row_loops.true_blocks(tokens.num_tokens, offsets.numpy(), table, block_size)
+        )
+    reqs = torch.from_numpy(np.repeat(np.arange(tokens.num_tokens.size), tokens.num_tokens))
     return tokens.block_table[reqs.to(offsets.device), offsets // block_size].long()
 
 

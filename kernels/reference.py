@@ -145,6 +145,29 @@ def argmax_rows(
     return values[rows].float().argmax(dim=-1)
 
 
+def walk_greedy(
+    logits: torch.Tensor,
+    first_row: torch.Tensor,
+    parents: torch.Tensor,
+    tokens: torch.Tensor,
+    max_emitted: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `walk_greedy_cpu` computes (same arguments); also what runs without the library."""
+    shape = tokens.shape[0], max_emitted
+    rows, emitted = torch.full(shape, -1), torch.full(shape, -1)
+    num_emitted = torch.zeros_like(first_row)
+    for req in range(shape[0]):
+        row: int | None = 0
+        while row is not None and num_emitted[req] < max_emitted:
+            at = num_emitted[req]
+            token = logits[first_row[req] + row].float().argmax()
+            rows[req, at], emitted[req, at] = row, token
+            num_emitted[req] += 1
+            children = (parents[req, 1:] == row) & (tokens[req] == token)
+            row = int(children.nonzero()[0, 0]) + 1 if children.any() else None
+    return rows, emitted, num_emitted
+
+
 def head_layer(
     weights: HeadLayerWeights,
     token_ids: torch.Tensor,

@@ -10,6 +10,7 @@ import numpy as np
 from vllm.config import VllmConfig
 from vllm.v1.core.sched.output import SchedulerOutput
 
+from heterospec_vllm import row_loops
 from heterospec_vllm.tree import DraftTrees, Ints
 from heterospec_vllm.verify import Walk
 
@@ -31,12 +32,9 @@ class Step:
         """The trees of the leading requests that attend as trees."""
         assert self.trees is not None
         count = self.num_tree_reqs
+        if count == self.trees.num_reqs:
+            return self.trees
         return self.trees.take(np.arange(count), self.trees.num_nodes[:count])
-
-
-def row_positions(trees: DraftTrees, context_lens: Ints) -> Ints:
-    """[num_rows] position of each row, request by request: it follows the depth."""
-    return (context_lens[:, None] + trees.depths)[trees.is_row]
 
 
 def true_rows(step: Step, starts: Ints) -> tuple[Ints, Ints]:
@@ -44,16 +42,7 @@ def true_rows(step: Step, starts: Ints) -> tuple[Ints, Ints]:
     if step.walked is None:
         return np.arange(starts[-1]), np.diff(starts)
     assert step.root_rows is not None
-    walked = step.walked.rows
-    before = step.root_rows - starts[:-1]  # rows before the root: prompt chunks
-    width = int(before.max()) + walked.shape[1]
-    column = np.arange(width)
-    rows = np.where(column < before[:, None], starts[:-1, None] + column, -1)
-    depth = column - before[:, None]
-    on_path = (depth >= 0) & (depth < step.walked.num_emitted[:, None])
-    path = np.take_along_axis(walked, np.clip(depth, 0, walked.shape[1] - 1), axis=1)
-    rows = np.where(on_path, step.root_rows[:, None] + path, rows)
-    return rows[rows >= 0], before + step.walked.num_emitted
+    return row_loops.walked_rows(starts, step.root_rows, step.walked.rows, step.walked.num_emitted)
 
 
 def with_drafts(

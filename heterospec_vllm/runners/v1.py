@@ -21,12 +21,12 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
-from heterospec_vllm.attention.cpu import HeteroSpecCPUAttentionMetadataBuilder
+from heterospec_vllm.attention.cpu import HeteroSpecCPUAttentionMetadataBuilder, TreeRows
 from heterospec_vllm.catch_up import HeadProgress
 from heterospec_vllm.drafter import HeteroSpecProposer
 from heterospec_vllm.kernels.tree_attention_cpu import is_available
 from heterospec_vllm.runners.shared import SpeculatingRunner
-from heterospec_vllm.runners.step import Step, row_positions, true_rows, without_speculation
+from heterospec_vllm.runners.step import Step, true_rows, without_speculation
 from heterospec_vllm.scorer import TreeScorer
 from heterospec_vllm.timing import CLOCK
 from heterospec_vllm.tree import Ints
@@ -134,16 +134,21 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
             logits_indices=torch.from_numpy(logits_indices),
         )
 
-    def _place_trees(self, step: Step):
+    def _place_trees(self, step: Step) -> TreeRows:
         """Positions follow the depth (slots were computed from the row index, which is what KV needs)."""
         trees, count = step.attending(), step.num_tree_reqs
         context_lens = self.input_batch.num_computed_tokens_cpu[:count].astype(np.int64)
-        positions = row_positions(trees, context_lens)
-        self.positions[: positions.size] = torch.from_numpy(positions)
+        placed = trees.placed(context_lens)
+        self.positions[: placed.positions.size] = torch.from_numpy(placed.positions)
         block_table = self.input_batch.block_table[self.drafter.kv_cache_gid].get_device_tensor(
             count
         )
-        return self.scorer.attention_rows(trees, context_lens, block_table)
+        return TreeRows(
+            query_start_loc=torch.from_numpy(placed.query_start_loc),
+            seq_lens=torch.from_numpy(placed.seq_lens),
+            block_table=block_table,
+            ancestor_mask=torch.from_numpy(placed.ancestor_mask),
+        )
 
     def _builders(self) -> list[HeteroSpecCPUAttentionMetadataBuilder]:
         return [group.get_metadata_builder(0) for groups in self.attn_groups for group in groups]

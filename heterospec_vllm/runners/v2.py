@@ -26,7 +26,7 @@ from heterospec_vllm.device_scorer import DeviceScorer
 from heterospec_vllm.head import load as head_config
 from heterospec_vllm.kernels.kv_compact import KVLayers
 from heterospec_vllm.runners.shared import SpeculatingRunner, logger
-from heterospec_vllm.runners.step import Step, row_positions, true_rows
+from heterospec_vllm.runners.step import Step, true_rows
 from heterospec_vllm.speculator import HeteroSpecSpeculator, tree_reason_of
 from heterospec_vllm.timing import CLOCK
 from heterospec_vllm.tree import Ints
@@ -156,15 +156,16 @@ class HeteroSpecGPUModelRunner(SpeculatingRunner, GPUModelRunner):
         if step.num_tree_reqs:
             trees, count = step.attending(), step.num_tree_reqs
             context_lens = input_batch.num_computed_tokens_np[:count].astype(np.int64)
-            positions = row_positions(trees, context_lens)
-            num_tokens = positions.size
-            input_batch.positions[:num_tokens] = torch.from_numpy(positions).to(self.device)
+            placed = trees.placed(context_lens)
+            num_tokens = placed.positions.size
+            positions = torch.from_numpy(placed.positions)
+            input_batch.positions[:num_tokens] = positions.to(self.device)
             self._hand_to_builders(
                 StepTrees(
                     num_reqs=count,
                     num_tokens=num_tokens,
                     max_rows=int(trees.num_nodes.max()) + 1,
-                    ancestor_mask=torch.from_numpy(trees.row_masks()).to(self.device),
+                    ancestor_mask=torch.from_numpy(placed.ancestor_mask).to(self.device),
                 )
             )
         return prepared

@@ -6,6 +6,7 @@
 #include "parallel_attend.hpp"
 #include "tap_fusion.hpp"
 #include "top_tokens.hpp"
+#include "walk.hpp"
 
 #define HETEROSPEC_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -59,6 +60,15 @@ HETEROSPEC_EXPORT int heterospec_argmax_rows(const heterospec::ArgmaxArguments* 
   switch (args->element_size) {
     case 2: heterospec::argmax_rows<int16_t>(*args); return 0;
     case 4: heterospec::argmax_rows<int32_t>(*args); return 0;
+    default: return 1;
+  }
+}
+
+// Returns 0, or 1 for an element size it does not know.
+HETEROSPEC_EXPORT int heterospec_walk_greedy(const heterospec::WalkArguments* args) {
+  switch (args->element_size) {
+    case 2: heterospec::walk_greedy<int16_t>(*args); return 0;
+    case 4: heterospec::walk_greedy<int32_t>(*args); return 0;
     default: return 1;
   }
 }

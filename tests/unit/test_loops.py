@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heterospec_vllm import level_loops, tree_loops
+from heterospec_vllm import level_loops, row_loops, tree_loops
 from heterospec_vllm.compiled import NO_ROW
 from heterospec_vllm.survival import KNOTS, NodeFeatures, SurvivalTables, along_paths
 from heterospec_vllm.tree import DraftTrees
@@ -107,7 +107,10 @@ def test_frontier(seed: int, num_reqs: int, width: int, top_k: int) -> None:
     chosen = rng.random((num_reqs, width * top_k)) < 0.4
     rows = rng.integers(0, 50, (num_reqs, width))
     tokens = rng.integers(0, 99, chosen.shape)
-    slots, own, reqs, parents, node_tokens, start = level_loops.frontier(chosen, rows, tokens)
+    tail = rng.integers(0, 99, (50, 2)).astype(np.int32)
+    slots, own, reqs, parents, node_tokens, start, new_tail = row_loops.frontier(
+        chosen, rows, tokens, tail, 7
+    )
     at = np.argwhere(chosen)
     np.testing.assert_array_equal(reqs, at[:, 0])
     np.testing.assert_array_equal(parents, rows[at[:, 0], at[:, 1] // top_k])
@@ -116,6 +119,8 @@ def test_frontier(seed: int, num_reqs: int, width: int, top_k: int) -> None:
     assert slots.shape[1] == chosen.sum(axis=1).max()
     np.testing.assert_array_equal(slots[slots != NO_ROW], at[:, 1])
     np.testing.assert_array_equal(own[slots != NO_ROW], np.arange(len(at)))
+    np.testing.assert_array_equal(new_tail[:, :2], tail[parents])
+    np.testing.assert_array_equal(new_tail[:, 2], 7 + np.arange(len(at)))
 
 
 @few
@@ -125,9 +130,17 @@ def test_true_rows(seed: int, counts: list[int], block_size: int) -> None:
     first = rng.integers(1, 40, len(counts))
     positions = np.concatenate([np.arange(f, f + n) for f, n in zip(first, counts, strict=True)])
     table = rng.integers(0, 99, (len(counts), 13)).astype(np.int32)
-    start, context_lens, before, slots = level_loops.true_rows(
-        np.array(counts), positions, table[:, :12], block_size
+    token_ids = rng.integers(0, 99, positions.size).astype(np.int32)
+    nexts = rng.integers(0, 99, len(counts)).astype(np.int32)
+    start, context_lens, before, slots, following, seq_lens = row_loops.true_rows(
+        np.array(counts), positions, table[:, :12], block_size, token_ids, nexts
     )
+    expected = np.roll(token_ids, -1)
+    expected[start[1:] - 1] = nexts
+    np.testing.assert_array_equal(following, expected)
+    np.testing.assert_array_equal(seq_lens, first + counts)
+    blocks = row_loops.true_blocks(np.array(counts), positions, table[:, :12], block_size)
+    np.testing.assert_array_equal(blocks, slots // block_size)
     np.testing.assert_array_equal(np.diff(start), counts)
     np.testing.assert_array_equal(context_lens, first)
     for row, position in enumerate(positions):
@@ -136,6 +149,51 @@ def test_true_rows(seed: int, counts: list[int], block_size: int) -> None:
         assert before[row].tolist() == seen + [NO_ROW] * (max(counts) - len(seen))
         block = table[req, position // block_size]
         assert slots[row] == block * block_size + position % block_size
+
+
+@few
+@given(seeds, st.integers(1, 5), st.integers(1, 4))
+def test_parents_of(seed: int, num_reqs: int, width: int) -> None:
+    rng = np.random.default_rng(seed)
+    slots = rng.integers(-1, 6, (num_reqs, width))
+    shape = (num_reqs, 6)
+    log_probs, entropies = rng.random(shape, np.float32), rng.random(shape, np.float32)
+    survivals, strata = rng.random(shape), rng.integers(0, 8, shape)
+    got = row_loops.parents_of(slots, 11, log_probs, survivals, entropies, strata)
+    real = slots != NO_ROW
+    reqs = np.nonzero(real)[0]
+    for values, of in zip(got[1:], (log_probs, survivals, entropies, strata), strict=True):
+        np.testing.assert_array_equal(values[real], of[reqs, slots[real]])
+    np.testing.assert_array_equal(got[0][real], 11 + slots[real])
+    assert (got[2][~real] == 0).all()
+
+
+@few
+@given(seeds, st.lists(st.integers(0, 3), min_size=1, max_size=5))
+def test_walked_rows(seed: int, chunks: list[int]) -> None:
+    """Rows before the root (a prompt's chunk), then the visited ones."""
+    rng = np.random.default_rng(seed)
+    emitted = rng.integers(1, 4, len(chunks))
+    nodes = emitted + rng.integers(0, 3, len(chunks))
+    starts = np.concatenate([[0], np.cumsum(chunks + nodes)])
+    roots = starts[:-1] + chunks
+    paths = [
+        np.sort(np.r_[0, rng.choice(np.arange(1, max(2, n)), e - 1, replace=False)])
+        for n, e in zip(nodes, emitted, strict=True)
+    ]
+    rows = np.full((len(chunks), 4), NO_ROW)
+    expected: list[int] = []
+    for req, path in enumerate(paths):
+        rows[req, : path.size] = path
+        expected += [*range(starts[req], roots[req]), *(roots[req] + path).tolist()]
+    got, num_tokens = row_loops.walked_rows(starts, roots, rows, emitted)
+    assert got.tolist() == expected
+    np.testing.assert_array_equal(num_tokens, chunks + emitted)
+
+
+def test_positions_end_at_the_models_length() -> None:
+    got = row_loops.level_positions(np.array([5, 98]), np.array([0, 1, 1]), 2, 99)
+    assert got.tolist() == [7, 99, 99]
 
 
 @few
@@ -173,17 +231,22 @@ def test_trees(seed: int, num_reqs: int, width: int) -> None:
     taken.check()
     laid = trees.laid_out()
     laid.check()
+    context_lens = rng.integers(0, 99, num_reqs)
+    placed = laid.placed(context_lens)
+    np.testing.assert_array_equal(np.diff(placed.query_start_loc), trees.num_nodes + 1)
+    np.testing.assert_array_equal(placed.seq_lens, context_lens + trees.num_nodes + 1)
     for req in range(num_reqs):
         count = trees.num_nodes[req]
         assert sorted(laid.tokens[req, :count]) == sorted(trees.tokens[req, :count])
-        mask = laid.ancestor_bitmask()[req]
+        own = slice(placed.query_start_loc[req], placed.query_start_loc[req + 1])
+        mask, positions = placed.ancestor_mask[own], placed.positions[own]
+        assert (positions == context_lens[req] + laid.depths[req, : count + 1]).all()
         for row in range(count + 1):
             path, at = {row}, row
             while at:
                 at = laid.parents[req, at]
                 path.add(at)
             assert {j for j in range(64) if int(mask[row]) >> j & 1} == path
-        assert (mask[count + 1 :] == 0).all()
         for row in range(1, count + 1):
             token = laid.tokens[req, [row - 1]]
             found = laid.children_matching(np.array([req]), laid.parents[req, [row]], token)
@@ -235,7 +298,7 @@ def test_outcomes_and_tally(seed: int, num_reqs: int, width: int) -> None:
 def test_other_types_are_refused() -> None:
     """An argument of another type would be compiled for in the middle of a step."""
     with pytest.raises(TypeError):
-        tree_loops.ancestors(np.zeros((1, 2), np.int32), np.zeros(1, np.int64))
+        tree_loops.chains(np.zeros((1, 2), np.int32), np.zeros(1, np.int64))
 
 
 def test_vllm_can_look_at_every_module_beside_numba() -> None:

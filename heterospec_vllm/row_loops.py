@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiled loops over rows: of the head's passes, of the step, of the pages. Pure functions of arrays.
+
+``tree_drafter.py``, ``drafter.py``, ``true_tokens.py`` and ``runners/step.py`` say what they mean.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from heterospec_vllm.compiled import NO_ROW, compiled
+
+
+@compiled(
+    "Tuple((i8[:,::1], i8[:,::1], i8[::1], i8[::1], i8[::1], i4[::1], i4[:,::1]))"
+    "(b1[:,:], i8[:,:], i8[:,:], i4[:,:], i8)"
+)
+def frontier(
+    chosen,  # [num_reqs, num_candidates]
+    rows,  # [num_reqs, width] the head's rows of the level's parents
+    tokens,  # [num_reqs, num_candidates]
+    tail,  # [num_parent_rows, level - 1] rows of each parent's ancestors and of itself
+    first_row,  # of the new rows among those of all levels
+):
+    """The chosen candidates packed to the left.
+
+    [num_reqs, new_width] their columns and new rows (NO_ROW padded); [num_new_rows] request, parent's row and token
+    of each; [num_reqs + 1] where each request's rows start; [num_new_rows, level] the parent's tail and the own row.
+    """
+    num_reqs, num_candidates = chosen.shape
+    top_k = num_candidates // rows.shape[1]
+    above = tail.shape[1]
+    start = np.zeros(num_reqs + 1, np.int32)
+    width = 0
+    for req in range(num_reqs):
+        count = 0
+        for at in range(num_candidates):
+            count += chosen[req, at]
+        start[req + 1] = start[req] + count
+        width = max(width, count)
+    num_rows = start[num_reqs]
+    slots = np.full((num_reqs, width), NO_ROW, np.int64)
+    own = np.full((num_reqs, width), NO_ROW, np.int64)
+    reqs = np.empty(num_rows, np.int64)
+    parents = np.empty(num_rows, np.int64)
+    node_tokens = np.empty(num_rows, np.int64)
+    new_tail = np.empty((num_rows, above + 1), np.int32)
+    for req in range(num_reqs):
+        place = 0
+        for at in range(num_candidates):
+            if chosen[req, at]:
+                row = start[req] + place
+                parent = rows[req, at // top_k]
+                slots[req, place] = at
+                own[req, place] = row
+                reqs[row] = req
+                parents[row] = parent
+                node_tokens[row] = tokens[req, at]
+                for i in range(above):
+                    new_tail[row, i] = tail[parent, i]
+                new_tail[row, above] = first_row + row
+                place += 1
+    return slots, own, reqs, parents, node_tokens, start, new_tail
+
+
+@compiled(
+    "Tuple((i8[:,::1], f4[:,::1], f8[:,::1], f4[:,::1], i8[:,::1]))"
+    "(i8[:,:], i8, f4[:,:], f8[:,:], f4[:,:], i8[:,:])"
+)
+def parents_of(
+    slots,  # [num_reqs, width] columns within the level, NO_ROW padded
+    first_column,  # of the level in the pool
+    log_probs,  # [num_reqs, num_candidates], likewise the others
+    survivals,
+    entropies,
+    strata,
+):
+    """[num_reqs, width] each: columns, log_probs, survivals (0 where padded), entropies, strata."""
+    num_reqs, width = slots.shape
+    columns = np.empty((num_reqs, width), np.int64)
+    out_log_probs = np.empty((num_reqs, width), np.float32)
+    out_survivals = np.zeros((num_reqs, width), np.float64)
+    out_entropies = np.empty((num_reqs, width), np.float32)
+    out_strata = np.empty((num_reqs, width), np.int64)
+    for req in range(num_reqs):
+        for place in range(width):
+            at = max(slots[req, place], 0)
+            columns[req, place] = first_column + at
+            out_log_probs[req, place] = log_probs[req, at]
+            out_entropies[req, place] = entropies[req, at]
+            out_strata[req, place] = strata[req, at]
+            if slots[req, place] >= 0:
+                out_survivals[req, place] = survivals[req, at]
+    return columns, out_log_probs, out_survivals, out_entropies, out_strata
+
+
+@compiled("i8[::1](i8[:], i8[:], i8, i8)")
+def level_positions(
+    positions,  # [num_reqs] of the last true token
+    reqs,  # [num_rows]
+    level,
+    last,
+):
+    """[num_rows] positions of nodes ``level`` behind the true tokens, at most ``last``."""
+    out = np.empty(reqs.size, np.int64)
+    for row in range(reqs.size):
+        out[row] = min(positions[reqs[row]] + level, last)
+    return out
+
+
+@compiled("i8[::1](i8[:], i8[:], i4[:,:], i8)")
+def true_blocks(
+    num_tokens,  # [num_reqs]
+    offsets,  # [num_tokens] from the start of the head's context
+    block_table,  # [num_reqs, max_blocks] from there
+    block_size,
+):
+    """[num_tokens] KV block of each."""
+    blocks = np.empty(offsets.size, np.int64)
+    row = 0
+    for req in range(num_tokens.size):
+        for _ in range(num_tokens[req]):
+            blocks[row] = block_table[req, offsets[row] // block_size]
+            row += 1
+    return blocks
+
+
+@compiled(
+    "Tuple((i4[::1], i4[::1], i4[:,::1], i8[::1], i8[::1], i4[::1]))"
+    "(i8[::1], i8[::1], i4[:,:], i8, i4[:], i4[:])"
+)
+def true_rows(
+    num_tokens,  # [num_reqs]
+    offsets,  # [num_tokens] from the start of the head's context, rising by one within a request
+    block_table,  # [num_reqs, max_blocks] from there
+    block_size,
+    token_ids,  # [num_tokens]
+    next_token_ids,  # [num_reqs] that follow each request's last one
+):
+    """True tokens as rows of a level that is a chain: each with the token that followed it.
+
+    [num_reqs + 1] where each request's rows start; [num_reqs] keys before them; [num_tokens, longest] rows of the
+    same request up to each one (NO_ROW padded); [num_tokens] slot in the pages and next token; [num_reqs] keys of the
+    request with its rows.
+    """
+    num_reqs = num_tokens.size
+    start = np.zeros(num_reqs + 1, np.int32)
+    context_lens = np.empty(num_reqs, np.int32)
+    seq_lens = np.empty(num_reqs, np.int32)
+    longest = 0
+    for req in range(num_reqs):
+        start[req + 1] = start[req] + num_tokens[req]
+        longest = max(longest, num_tokens[req])
+        context_lens[req] = offsets[start[req]]
+        seq_lens[req] = context_lens[req] + num_tokens[req]
+    before = np.full((start[num_reqs], longest), NO_ROW, np.int32)
+    slots = np.empty(start[num_reqs], np.int64)
+    following = np.empty(start[num_reqs], np.int64)
+    for req in range(num_reqs):
+        last = start[req + 1] - 1
+        for row in range(start[req], start[req + 1]):
+            for i in range(row - start[req] + 1):
+                before[row, i] = start[req] + i
+            block = block_table[req, offsets[row] // block_size]
+            slots[row] = block * block_size + offsets[row] % block_size
+            following[row] = next_token_ids[req] if row == last else token_ids[row + 1]
+    return start, context_lens, before, slots, following, seq_lens
+
+
+@compiled("Tuple((i8[::1], i8[::1]))(i8[:], i8[:], i8[:,:], i8[:])")
+def walked_rows(
+    starts,  # [num_reqs + 1] where each request's rows of the step start
+    root_rows,  # [num_reqs]
+    rows,  # [num_reqs, max_emitted] visited rows of each tree
+    num_emitted,  # [num_reqs]
+):
+    """The step's rows that hold true tokens: those before each root and the visited ones; their number by request."""
+    num_reqs = root_rows.size
+    num_tokens = np.empty(num_reqs, np.int64)
+    total = 0
+    for req in range(num_reqs):
+        num_tokens[req] = root_rows[req] - starts[req] + num_emitted[req]
+        total += num_tokens[req]
+    out = np.empty(total, np.int64)
+    at = 0
+    for req in range(num_reqs):
+        for row in range(starts[req], root_rows[req]):
+            out[at] = row
+            at += 1
+        for depth in range(num_emitted[req]):
+            out[at] = root_rows[req] + rows[req, depth]
+            at += 1
+    return out, num_tokens

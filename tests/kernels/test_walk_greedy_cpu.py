@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The greedy walk in C++ against PyTorch, to the token. No tolerances: both pick indices."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from heterospec_vllm.kernels import reference
+from heterospec_vllm.kernels.walk_greedy_cpu import walk_greedy_cpu
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# One request, root -> 1 -> 2 and root -> 3: parents of the root's row and of the nodes' rows.
+PARENTS = torch.tensor([[-1, 0, 1, 0]])
+TOKENS = torch.tensor([[4, 5, 6]])
+
+
+def walks(logits: torch.Tensor, *rest) -> list[list]:
+    got = walk_greedy_cpu(logits, *rest)
+    for ours, truth in zip(got, reference.walk_greedy(logits, *rest), strict=True):
+        assert torch.equal(ours, truth)
+    return [values.tolist() for values in got]
+
+
+def picking(tokens: list[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Logits whose row i picks the i-th token."""
+    return torch.nn.functional.one_hot(torch.tensor(tokens), 7).to(dtype)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    dtype=st.sampled_from(DTYPES),
+    columns=st.integers(1, 70),
+    nodes=st.lists(st.integers(0, 9), min_size=1, max_size=6),
+    levels=st.sampled_from([1, 2, 50]),
+    seed=st.integers(0, 2**31),
+)
+def test_equals_the_reference(dtype, columns, nodes, levels, seed) -> None:
+    """Random trees with few tokens, so that walks go deep; few levels of logits make ties likely."""
+    generator = torch.Generator().manual_seed(seed)
+    width, num_reqs = max(nodes), len(nodes)
+    parents = torch.full((num_reqs, width + 1), -1)
+    tokens = torch.full((num_reqs, width), -1)
+    depths = torch.zeros((num_reqs, width + 1), dtype=torch.int64)
+    for req, count in enumerate(nodes):
+        for row in range(1, count + 1):
+            parents[req, row] = torch.randint(0, row, (), generator=generator)
+            depths[req, row] = depths[req, parents[req, row]] + 1
+            tokens[req, row - 1] = torch.randint(0, min(columns, 4), (), generator=generator)
+    starts = torch.tensor([0, *(count + 1 for count in nodes)]).cumsum(0)
+    logits = torch.randint(-levels, 1, (int(starts[-1]), columns + 3), generator=generator)
+    walks(logits.to(dtype)[:, :columns], starts[:-1], parents, tokens, int(depths.max()) + 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("picked", "rows", "emitted"),
+    [
+        ([4, 5, 0, 0], [0, 1, 2], [4, 5, 0]),  # all accepted
+        ([6, 0, 0, 2], [0, 3, -1], [6, 2, -1]),  # the second branch
+        ([4, 6, 0, 0], [0, 1, -1], [4, 6, -1]),  # a token that only the root's child carries
+        ([5, 4, 0, 0], [0, -1, -1], [5, -1, -1]),  # all rejected
+    ],
+)
+def test_by_hand(dtype, picked, rows, emitted) -> None:
+    root = torch.zeros(1, dtype=torch.int64)
+    got = walks(picking(picked, dtype), root, PARENTS, TOKENS, 3)
+    assert got == [[rows], [emitted], [sum(row >= 0 for row in rows)]]
+
+
+def test_empty_trees_and_no_request() -> None:
+    none = torch.empty((2, 0), dtype=torch.int64)
+    got = walks(picking([3, 1]), torch.tensor([1, 0]), torch.full((2, 1), -1), none, 1)
+    assert got == [[[0], [0]], [[1], [3]], [1, 1]]
+    got = walks(picking([3]), none[0], torch.empty((0, 1), dtype=torch.int64), none[:0], 1)
+    assert got == [[], [], []]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_infinities_nan_and_ties(dtype) -> None:
+    """NaN is the largest and such a row picks its column; rows that are not visited may hold anything."""
+    root = torch.zeros(1, dtype=torch.int64)
+    logits = torch.full((4, 7), -math.inf, dtype=dtype)
+    logits[0, 4] = logits[0, 5] = 1.0  # the first of equals
+    logits[1, 5] = math.nan
+    logits[3] = math.nan
+    assert walks(logits, root, PARENTS, TOKENS, 3)[1] == [[4, 5, 0]]
+    logits[0] = -math.inf
+    assert walks(logits, root, PARENTS, TOKENS, 3)[1] == [[0, -1, -1]]
+
+
+def test_more_room_than_depth() -> None:
+    root = torch.zeros(1, dtype=torch.int64)
+    assert walks(picking([4, 5, 1, 0]), root, PARENTS, TOKENS, 6)[2] == [3]
