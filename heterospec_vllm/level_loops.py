@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiled loops over the nodes of a draft level: what grows, what it is expected to survive, what is taken of it.
 
-Pure functions of arrays; ``growth.py``, ``survival.py`` and ``policy.py`` say what they mean.
+Pure functions of arrays; ``growth.py``, ``survival.py``, ``policy.py`` and ``marginal.py`` say what they mean.
 """
 
 from __future__ import annotations

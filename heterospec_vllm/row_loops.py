@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiled loops over rows: of the head's passes, of the step, of the pages. Pure functions of arrays.
 
-``tree_drafter.py``, ``drafter.py``, ``true_tokens.py`` and ``runners/step.py`` say what they mean.
+``tree_drafter.py``, ``drafter.py``, ``growth.py``, ``true_tokens.py`` and ``runners/step.py`` say what they mean.
 """
 
 from __future__ import annotations
@@ -120,7 +120,9 @@ def true_blocks(
     row = 0
     for req in range(num_tokens.size):
         for _ in range(num_tokens[req]):
-            blocks[row] = block_table[req, offsets[row] // block_size]
+            column = offsets[row] // block_size
+            assert column < block_table.shape[1]  # compiled code would read on
+            blocks[row] = block_table[req, column]
             row += 1
     return blocks
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TreeScorer: one step's trees on the target - how their rows attend, how they are walked, how KV is compacted."""
+"""TreeScorer: one step's trees on the target - how they are walked, how KV is compacted."""
 
 from __future__ import annotations
 
@@ -21,11 +21,9 @@ from heterospec_vllm.timing import CLOCK
 from heterospec_vllm.tree import DraftTrees, Ints
 from heterospec_vllm.verify import Walk, walk
 
-NO_TOKEN = -1  # vLLM's PLACEHOLDER_TOKEN_ID
-
 
 class TreeScorer:
-    """Attends, walks and compacts the trees of one batch at a time; holds no state between steps."""
+    """Walks and compacts the trees of one batch at a time; holds no state between steps."""
 
     def __init__(self, sampler: Sampler) -> None:
         self.sampler = sampler
@@ -126,15 +124,17 @@ def walk_greedy(
     logits: torch.Tensor,  # [num_logits, vocab_size]
     first_row: Ints,  # [num_reqs] the root's row of the logits
 ) -> Walk:
-    """`verify.walk` with the argmax of each visited row, in one call."""
-    with CLOCK.span("sampling"):
-        walked = (walk_greedy_cpu if is_available() else reference.walk_greedy)(
-            logits,
-            torch.from_numpy(first_row),
-            torch.from_numpy(trees.parents),
-            torch.from_numpy(trees.tokens),
-            trees.max_depth + 1,
+    """`verify.walk` with the argmax of each visited row, in one call where the library is there."""
+    if not is_available():
+        return walk(
+            trees,
+            lambda reqs, rows, _: argmax_rows(
+                logits, torch.from_numpy(first_row[reqs] + rows)
+            ).numpy(),
         )
+    inputs = [torch.from_numpy(values) for values in (first_row, trees.parents, trees.tokens)]
+    with CLOCK.span("sampling"):
+        walked = walk_greedy_cpu(logits, *inputs, trees.max_depth + 1)
     return Walk(*(values.numpy() for values in walked))
 
 

@@ -152,7 +152,7 @@ def walk_greedy(
     tokens: torch.Tensor,
     max_emitted: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What `walk_greedy_cpu` computes (same arguments); also what runs without the library."""
+    """What `walk_greedy_cpu` computes (same arguments)."""
     shape = tokens.shape[0], max_emitted
     rows, emitted = torch.full(shape, -1), torch.full(shape, -1)
     num_emitted = torch.zeros_like(first_row)

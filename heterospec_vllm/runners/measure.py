@@ -21,7 +21,7 @@ logger = init_logger(__name__)
 TOKENS = (1, 4, 8, 16, 32, 64, 256)
 ROWS = (1, 4, 8, 32, 128)
 ROUNDS = 5
-LEAST_SIZES = 3
+LEAST_SIZES, LEAST_ROUNDS = 3, 3
 # Seconds after which no larger size is tried, and after which no further round is begun.
 SIZES_SECONDS, MOST_SECONDS = 2.0, 4.0
 
@@ -60,13 +60,13 @@ def _measure(run: Callable[[int], None], sizes: tuple[int, ...], most: int) -> t
         if warm >= LEAST_SIZES and time.perf_counter() - start > SIZES_SECONDS:
             break
     samples: list[tuple[int, float]] = []
-    for _ in range(ROUNDS):
+    for done in range(ROUNDS):
+        if done >= LEAST_ROUNDS and time.perf_counter() - start > MOST_SECONDS:
+            break
         for n in sizes[:warm]:
             began = time.perf_counter()
             run(n)
             samples.append((n, time.perf_counter() - began))
-        if time.perf_counter() - start > MOST_SECONDS:
-            break
     counts, seconds = zip(*samples, strict=True)
     return np.array(counts), np.array(seconds)
 
@@ -75,4 +75,4 @@ def _target(runner: Any, proposer: TreeDrafter, num_tokens: int) -> None:
     with proposer.silent():
         hidden, _ = runner._dummy_run(num_tokens)
     logits = runner.model.compute_logits(hidden[:num_tokens])
-    logits.argmax(dim=-1)
+    logits.argmax(dim=-1).cpu()  # waits for a GPU

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from heterospec_vllm.kernels import reference
 from heterospec_vllm.kernels.walk_greedy_cpu import walk_greedy_cpu
 
+pytestmark = pytest.mark.usefixtures("cpu_build")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # One request, root -> 1 -> 2 and root -> 3: parents of the root's row and of the nodes' rows.
 PARENTS = torch.tensor([[-1, 0, 1, 0]])

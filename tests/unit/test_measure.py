@@ -35,13 +35,13 @@ def test_a_slow_machine_is_not_kept_for_a_minute(monkeypatch: pytest.MonkeyPatch
     clock = Clock(0.04)
     sizes, seconds = sizes_and_seconds(monkeypatch, clock)
     assert 256 not in sizes and sizes.size >= measure.LEAST_SIZES
-    assert clock.now < 12  # a round of 121 tokens more than the 4 s
+    assert clock.now < 25  # four times 125 tokens
     assert table_from_samples(TOKEN_KNOTS, sizes, seconds).at(256) == pytest.approx(256 * 0.04)
 
 
 def test_the_least_sizes_are_measured_however_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes, _ = sizes_and_seconds(monkeypatch, Clock(10.0))
-    assert tuple(sizes) == measure.TOKENS[: measure.LEAST_SIZES]
+    assert tuple(sizes) == measure.LEAST_ROUNDS * measure.TOKENS[: measure.LEAST_SIZES]
 
 
 def test_a_machine_that_slows_down_does_not_change_what_a_token_costs_relative_to_a_step(

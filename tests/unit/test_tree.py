@@ -5,10 +5,12 @@ import dataclasses
 from typing import Any
 
 import numpy as np
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from heterospec_vllm.cache import plan_moves
+from heterospec_vllm.scorer import walk_greedy
 from heterospec_vllm.tree import NO_ROW, CandidatePool, DraftTrees
 from heterospec_vllm.verify import walk
 
@@ -239,6 +241,25 @@ def test_the_walk_emits_what_the_target_says(tree: DraftTrees, seed: int) -> Non
         assert (walked.tokens[req, n:] == NO_ROW).all()
         assert (walked.rows[req, n:] == NO_ROW).all()
     assert sorted(asked) == sorted(visited)
+
+
+@few
+@given(trees(), st.integers(0, 2**32 - 1))
+def test_greedy_batches_are_walked_by_the_same_rule(tree: DraftTrees, seed: int) -> None:
+    """Where the library is there the scorer's is C++; without it this compares the walk with itself."""
+    rng = np.random.default_rng(seed)
+    num_rows = tree.num_nodes + 1
+    first_row = np.cumsum(num_rows) - num_rows
+    says = rng.integers(0, VOCAB, num_rows.sum())
+    for req in range(tree.num_reqs):  # make matches likely
+        for row in range(1, int(num_rows[req])):
+            if rng.random() < 0.6:
+                says[first_row[req] + tree.parents[req, row]] = tree.tokens[req, row - 1]
+    expected = walk(tree, lambda reqs, rows, _: says[first_row[reqs] + rows])
+    logits = torch.nn.functional.one_hot(torch.from_numpy(says), VOCAB).float()
+    got = walk_greedy(tree, logits, first_row)
+    for name in ("rows", "tokens", "num_emitted"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
 
 
 @few
