@@ -211,6 +211,7 @@ class Controller:
         # Requests whose prompts are still read will decode, too: a burst is judged by all of them.
         with CLOCK.span("policy"):
             scope = self.policy.scope(len(req_ids), self._context)
+            self.counters.expected_gain = self.policy.expected_gain
             worth = self._is_worth_reading(scope, req_ids, tokens, demand)
         reads = demand.followed & worth & (scope == "all")
         follow = demand.followed & self.progress.follow(req_ids, tokens, reads)

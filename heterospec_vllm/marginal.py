@@ -102,6 +102,7 @@ class MarginalPolicy(DraftPolicy):
             self._age, self._gain_reqs = 0, num_reqs
             self._predicted = self.gain(num_reqs, context)
         self._scope = self.switch.scope(num_reqs, self._predicted)
+        self.expected_gain = self.switch.gain(num_reqs, self._predicted)
         return self._scope
 
     def is_worth_reading(self, num_unread, tokens_left, num_reqs, context) -> Bools:
@@ -109,7 +110,7 @@ class MarginalPolicy(DraftPolicy):
         worth = num_unread <= self.read_anyway
         if worth.all():
             return worth
-        gain = max(self.switch.start, self.switch.gain(num_reqs, self._predicted))
+        gain = max(self.switch.start, self.expected_gain)
         saved = self.costs.plain_step(num_reqs, context) / num_reqs * (1.0 - 1.0 / gain)
         price = self._read_trust * median_low(self._readings) if self._readings else 0.0
         worth |= num_unread * price <= tokens_left * saved

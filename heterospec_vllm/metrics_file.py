@@ -175,6 +175,12 @@ METRICS = (
         "price_of_time",
         "Tokens that a second was worth when the last drafts were chosen (`marginal`); 0 where nothing was drafted.",
     ),
+    _gauge(
+        "expected_gain",
+        "expected_gain",
+        "Tokens a second with speculation, relative to plain decoding, in a batch of the present size, as measurements "
+        "have corrected the prediction (`marginal`); speculation is off where it is low. 0 for other policies.",
+    ),
     _gauge("max_verified_depth", "max_verified_depth", "Deepest draft verified so far."),
     _gauge("max_accepted_depth", "max_accepted_depth", "Deepest draft node accepted so far."),
 )

@@ -90,6 +90,7 @@ class DraftPolicy:
     reading: MetaPathReading = "A"
     follows_meta_path = False  # whether Level.meta_entropies is needed
     choice: NodeChoice | None = None  # the latest one, of a policy that weighs rates
+    expected_gain = 0.0  # rate with speculation over that of plain decoding, of such a policy
 
     def __init__(self, shape: TreeShape) -> None:
         self.shape = shape

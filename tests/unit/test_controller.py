@@ -28,6 +28,7 @@ class Heard(PlainPolicy):
     def __init__(self) -> None:
         super().__init__(TreeShape(1, 1, 1))
         self.cycles: list[Cycle] = []
+        self.expected_gain = 1.5
 
     def scope(self, num_reqs, context):
         return "all"
@@ -60,6 +61,7 @@ def test_steps_in_which_nobody_could_be_drafted_for_say_nothing_of_drafts() -> N
         controller.match({}, num_tokens=1, num_reqs=1)
         demand = Demand(np.array([True]), np.array([limit]), np.array([9]), np.array([0]))
         draft_for_one(controller, position, 1, demand)
+    assert controller.counters.expected_gain == policy.expected_gain
     # The draft before a step decides: those behind the third and the fourth.
     assert [cycle.speculated for cycle in policy.cycles] == [True, True]
 

@@ -2,6 +2,7 @@
 """Whether the head's reading a prompt is worth what it costs."""
 
 import numpy as np
+import pytest
 from fake_drafter import step_costs
 
 from heterospec_vllm.marginal import MarginalPolicy
@@ -34,6 +35,14 @@ def test_reading_is_weighed_against_what_drafts_could_save() -> None:
     assert worth() == [False, False, True, True]
     policy.observe_reading(502, 2, usual + 5 * token)
     assert worth() == [False, True, True, True]
+
+
+def test_the_gain_that_decides_is_corrected_by_measurements() -> None:
+    policy, _ = reader(1.25)
+    assert policy.expected_gain == 1.25
+    policy.switch._size(16).error = -0.1
+    policy.scope(16, 0.0)
+    assert policy.expected_gain == pytest.approx(1.25 * np.exp(-0.1))
 
 
 def test_one_slow_reading_does_not_stop_it_for_ever() -> None:
