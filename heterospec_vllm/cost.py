@@ -28,16 +28,22 @@ LEAST_SHARE = 0.02  # of a measurement in a knot
 TABLES = ("verify", "first_pass", "level")
 
 
+@compiled("Tuple((i8, f8))(f8[::1], f8[::1], f8)")
+def _on_line(knots, seconds, count):
+    """The knot below a count and the seconds of the count; linear beyond the last knot."""
+    count = max(count, knots[0])
+    low = min(np.searchsorted(knots, count, side="right") - 1, knots.size - 2)
+    rise = (seconds[low + 1] - seconds[low]) / (knots[low + 1] - knots[low])
+    return low, seconds[low] + rise * (count - knots[low])
+
+
 @compiled("f8[::1](f8[::1], f8[::1], f8[:], f8, f8)")
 def _line(knots, seconds, counts, fixed, per_count):
     """See :meth:`CostTable.__call__`."""
-    last = knots.size - 1
     out = np.empty(counts.size, np.float64)
     for i in range(counts.size):
-        count = max(counts[i], knots[0])
-        low = min(np.searchsorted(knots, count, side="right") - 1, last - 1)
-        rise = (seconds[low + 1] - seconds[low]) / (knots[low + 1] - knots[low])
-        out[i] = seconds[low] + rise * (count - knots[low]) + fixed + per_count * counts[i]
+        _, at = _on_line(knots, seconds, counts[i])
+        out[i] = at + fixed + per_count * counts[i]
     return out
 
 
@@ -52,9 +58,7 @@ def _observe(
 ):
     """See :meth:`CostTable.observe`."""
     last = knots.size - 1
-    low = min(max(np.searchsorted(knots, count, side="right") - 1, 0), last - 1)
-    rise = (seconds[low + 1] - seconds[low]) / (knots[low + 1] - knots[low])
-    expected = seconds[low] + rise * (max(count, knots[0]) - knots[low])
+    low, expected = _on_line(knots, seconds, count)
     if not math.isfinite(measured) or measured <= 0.0 or expected <= 0.0:
         return
     ratio = min(max(measured / expected, 0.5), 2.0)

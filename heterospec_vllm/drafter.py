@@ -71,9 +71,11 @@ class HeteroSpecProposer(TreeDrafter, EagleProposer):
     def _first_pass_of(self, tokens: TrueTokens) -> HeadContext:
         fused = self._fused
         if fused is not None:
-            if not _fits_kernel(tokens):
+            fits = _fits_kernel(tokens)
+            if not fits:
                 tokens = self._all_but_last_read(fused, tokens)
-            if _fits_kernel(tokens):
+                fits = _fits_kernel(tokens)
+            if fits:
                 return self._fused_first_pass(fused, tokens)
         num_tokens, last_rows, cad = self.set_inputs_first_pass(
             target_token_ids=tokens.token_ids,

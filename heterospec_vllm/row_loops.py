@@ -108,6 +108,14 @@ def level_positions(
     return out
 
 
+@compiled("i8(i4[:,:], i8, i8, i8)")
+def _block(block_table, req, offset, block_size):
+    """KV block of a request's token."""
+    column = offset // block_size
+    assert column < block_table.shape[1]  # compiled code would read on
+    return block_table[req, column]
+
+
 @compiled("i8[::1](i8[:], i8[:], i4[:,:], i8)")
 def true_blocks(
     num_tokens,  # [num_reqs]
@@ -120,9 +128,7 @@ def true_blocks(
     row = 0
     for req in range(num_tokens.size):
         for _ in range(num_tokens[req]):
-            column = offsets[row] // block_size
-            assert column < block_table.shape[1]  # compiled code would read on
-            blocks[row] = block_table[req, column]
+            blocks[row] = _block(block_table, req, offsets[row], block_size)
             row += 1
     return blocks
 
@@ -163,7 +169,7 @@ def true_rows(
         for row in range(start[req], start[req + 1]):
             for i in range(row - start[req] + 1):
                 before[row, i] = start[req] + i
-            block = block_table[req, offsets[row] // block_size]
+            block = _block(block_table, req, offsets[row], block_size)
             slots[row] = block * block_size + offsets[row] % block_size
             following[row] = next_token_ids[req] if row == last else token_ids[row + 1]
     return start, context_lens, before, slots, following, seq_lens

@@ -25,8 +25,8 @@ from heterospec_vllm.kernels.topk_entropy import topk_entropy
 from heterospec_vllm.kernels.tree_attention_plan import MAX_ROWS
 from heterospec_vllm.policies import DraftPolicy
 from heterospec_vllm.timing import CLOCK
-from heterospec_vllm.tree import Floats, Ints
-from heterospec_vllm.tree_drafter import Frontier, HeadContext, Ints32, TreeDrafter
+from heterospec_vllm.tree import Floats, Ints, Ints32
+from heterospec_vllm.tree_drafter import Frontier, HeadContext, TreeDrafter
 from heterospec_vllm.true_tokens import TrueTokens
 
 # (batch, tap states of the step's tokens, whether drafts can be used) -> nothing: the runner's side of a draft

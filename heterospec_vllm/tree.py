@@ -23,6 +23,7 @@ from heterospec_vllm import tree_loops
 from heterospec_vllm.compiled import NO_ROW as NO_ROW
 
 Ints = NDArray[np.int64]
+Ints32 = NDArray[np.int32]
 Floats = NDArray[np.floating]
 
 
@@ -66,8 +67,8 @@ class PlacedRows:
     """The rows of a batch's trees in a step, request by request."""
 
     positions: Ints  # [num_rows] they follow the depth
-    query_start_loc: NDArray[np.int32]  # [num_reqs + 1]
-    seq_lens: NDArray[np.int32]  # [num_reqs] the context and the rows
+    query_start_loc: Ints32  # [num_reqs + 1]
+    seq_lens: Ints32  # [num_reqs] the context and the rows
     ancestor_mask: Ints  # [num_rows] bit j: sees row j of its own request
 
 

@@ -17,7 +17,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -28,7 +27,7 @@ from heterospec_vllm.policies import Batch, DraftPolicy
 from heterospec_vllm.policy import Bools, in_beam
 from heterospec_vllm.taps import TapFusion
 from heterospec_vllm.timing import CLOCK
-from heterospec_vllm.tree import CandidatePool, DraftTrees, Floats, Ints
+from heterospec_vllm.tree import CandidatePool, DraftTrees, Floats, Ints, Ints32
 from heterospec_vllm.true_tokens import (
     TrueTokens,
     context_offsets,
@@ -37,8 +36,6 @@ from heterospec_vllm.true_tokens import (
     slots_of,
     without_start,
 )
-
-Ints32 = NDArray[np.int32]
 
 
 @dataclass(frozen=True)

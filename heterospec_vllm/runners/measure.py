@@ -23,7 +23,7 @@ ROWS = (1, 4, 8, 32, 128)
 ROUNDS = 5
 LEAST_SIZES, LEAST_ROUNDS = 3, 3
 # Seconds after which no larger size is tried, and after which no further round is begun.
-SIZES_SECONDS, MOST_SECONDS = 2.0, 4.0
+SIZES_SECONDS, MOST_SECONDS = 1.0, 4.0
 
 
 def measure_costs(runner: Any, proposer: TreeDrafter) -> StepCosts:

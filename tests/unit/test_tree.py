@@ -205,16 +205,22 @@ def test_chains_are_told_from_trees(tree: DraftTrees) -> None:
         assert tree.is_chain[req] == (parents == list(range(n)))
 
 
+def _answers(tree: DraftTrees, seed: int) -> np.ndarray:
+    """[num_reqs, max_nodes + 1] what the target says at each row, often what some child carries."""
+    rng = np.random.default_rng(seed)
+    says = rng.integers(0, VOCAB, (tree.num_reqs, tree.max_nodes + 1))
+    for req in range(tree.num_reqs):
+        for row in range(1, int(tree.num_nodes[req]) + 1):
+            if rng.random() < 0.6:
+                says[req, tree.parents[req, row]] = tree.tokens[req, row - 1]
+    return says
+
+
 @few
 @given(trees(), st.integers(0, 2**32 - 1))
 def test_the_walk_emits_what_the_target_says(tree: DraftTrees, seed: int) -> None:
     """Against a walk by hand; and no row but the visited ones is ever asked for."""
-    rng = np.random.default_rng(seed)
-    says = rng.integers(0, VOCAB, (tree.num_reqs, tree.max_nodes + 1))
-    for req in range(tree.num_reqs):  # make matches likely
-        for row in range(1, int(tree.num_nodes[req]) + 1):
-            if rng.random() < 0.6:
-                says[req, tree.parents[req, row]] = tree.tokens[req, row - 1]
+    says = _answers(tree, seed)
     asked = []
 
     def sample(reqs, rows, depth):
@@ -247,16 +253,12 @@ def test_the_walk_emits_what_the_target_says(tree: DraftTrees, seed: int) -> Non
 @given(trees(), st.integers(0, 2**32 - 1))
 def test_greedy_batches_are_walked_by_the_same_rule(tree: DraftTrees, seed: int) -> None:
     """Where the library is there the scorer's is C++; without it this compares the walk with itself."""
-    rng = np.random.default_rng(seed)
+    says = _answers(tree, seed)
+    expected = walk(tree, lambda reqs, rows, _: says[reqs, rows])
     num_rows = tree.num_nodes + 1
     first_row = np.cumsum(num_rows) - num_rows
-    says = rng.integers(0, VOCAB, num_rows.sum())
-    for req in range(tree.num_reqs):  # make matches likely
-        for row in range(1, int(num_rows[req])):
-            if rng.random() < 0.6:
-                says[first_row[req] + tree.parents[req, row]] = tree.tokens[req, row - 1]
-    expected = walk(tree, lambda reqs, rows, _: says[first_row[reqs] + rows])
-    logits = torch.nn.functional.one_hot(torch.from_numpy(says), VOCAB).float()
+    picked = says[np.arange(says.shape[1]) < num_rows[:, None]]
+    logits = torch.nn.functional.one_hot(torch.from_numpy(picked), VOCAB).float()
     got = walk_greedy(tree, logits, first_row)
     for name in ("rows", "tokens", "num_emitted"):
         np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
