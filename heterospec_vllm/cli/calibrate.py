@@ -12,12 +12,12 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from heterospec_vllm.cli.engine import EnforceEager, HeadOption, TargetOption, in_process_llm
 from heterospec_vllm.cli.extras import require_extra
 from heterospec_vllm.cli.files import check_output
+from heterospec_vllm.cli.progress import watched
 from heterospec_vllm.cli.sizes import sizes_of
 from heterospec_vllm.prompts import BUILT_IN, chat_token_ids, texts_of
 
@@ -89,6 +89,7 @@ def calibrate(
         raise typer.BadParameter(str(error), param_hint="--prompts") from error
     sizes = sizes_of(timed_batches, "--timed-batches")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    console.print("loading the engine (a deep model compiles for minutes at its first start) ...")
     llm = in_process_llm(
         target,
         {
@@ -104,10 +105,10 @@ def calibrate(
         enforce_eager=enforce_eager,
     )
     ids = chat_token_ids(llm.get_tokenizer(), texts, max_model_len - tokens - 1)
-    recorded = _trace(llm, ids, tokens, batch, sampled)
+    recorded = _trace(llm, ids, tokens, batch, sampled, console)
     if trace is not None:
         recorded.save(trace)
-    samples = _time_steps(llm, ids, sizes, 2 * tokens)
+    samples = _time_steps(llm, ids, sizes, 2 * tokens, console)
 
     from heterospec_vllm import calibration
     from heterospec_vllm.simulate import Replay
@@ -124,7 +125,9 @@ def calibrate(
     console.print(f"profile: {output}   reliability diagram: {picture}")
 
 
-def _trace(llm: Any, ids: list[list[int]], tokens: int, batch: int, sampled: bool) -> Any:
+def _trace(
+    llm: Any, ids: list[list[int]], tokens: int, batch: int, sampled: bool, console: Console
+) -> Any:
     import numpy as np
     from vllm import SamplingParams
 
@@ -133,7 +136,7 @@ def _trace(llm: Any, ids: list[list[int]], tokens: int, batch: int, sampled: boo
     jobs = [(one, 0.0) for one in ids] + ([(one, 1.0) for one in ids] if sampled else [])
     llm.collective_rpc("heterospec_trace", args=(True,))
     outputs = []
-    for start in track(range(0, len(jobs), batch), description="tracing"):
+    for start in watched(range(0, len(jobs), batch), "tracing", console):
         part = jobs[start : start + batch]
         params = [
             SamplingParams(temperature=t, max_tokens=tokens, seed=start + i)
@@ -159,13 +162,13 @@ def _trace(llm: Any, ids: list[list[int]], tokens: int, batch: int, sampled: boo
 
 
 def _time_steps(
-    llm: Any, ids: list[list[int]], sizes: list[int], tokens_at_most: int
+    llm: Any, ids: list[list[int]], sizes: list[int], tokens_at_most: int, console: Console
 ) -> list[dict[str, list]]:
     """What steps cost, over batch sizes, trees and contexts."""
     from vllm import SamplingParams
 
     samples = []
-    for size in track(sizes, description="timing "):
+    for size in watched(sizes, "timing", console):
         trees = [tree for tree in TREES if size * (1 + tree[0]) <= MOST_TOKENS]
         # Small batches keep their contexts, so that what a context costs can be told apart.
         longest = 1024 if size <= 8 else 48
