@@ -17,7 +17,7 @@ import torch
 
 from heterospec_vllm.policy import Bools
 from heterospec_vllm.tree import Ints
-from heterospec_vllm.true_tokens import TrueTokens, blocks_of, with_context_starts
+from heterospec_vllm.true_tokens import TrueTokens, host_blocks_of, with_context_starts
 
 MAX_KEPT_BYTES = 256 * 2**20
 Piece = tuple[torch.Tensor, ...]  # token ids, positions and features of consecutive tokens
@@ -83,7 +83,7 @@ class HeadProgress:
         [num_reqs] whether the head's context of a request has begun by the end of the step; until then there is
         nothing to feed or keep.
         """
-        first = tokens.host_positions[tokens.ends - tokens.num_tokens].tolist()
+        first = tokens.first_positions.tolist()
         starting = {
             req_id
             for req_id, position in zip(req_ids, first, strict=True)
@@ -106,7 +106,7 @@ class HeadProgress:
         are taken in the order of their first tokens.
         """
         ends = tokens.ends.tolist()
-        blocks = blocks_of(tokens, self._block_size).cpu().numpy()
+        blocks = host_blocks_of(tokens, self._block_size)
         for i in sorted(range(len(req_ids)), key=first.__getitem__):
             if req_ids[i] in starting:
                 self._start_over(req_ids[i], first[i], tokens.block_table[i])
@@ -131,6 +131,9 @@ class HeadProgress:
         keep: Bools,  # [num_reqs] others whose tokens are kept for later
     ) -> TrueTokens | None:
         """What the head must process for the requests to feed, their kept tokens first; None where there are none."""
+        if not self._pending and not self._starts and feed.all():  # most steps
+            self._mark(tokens, seen=True)
+            return tokens
         ends = tokens.ends
         starts = ends - tokens.num_tokens
         fed = np.flatnonzero(feed)
@@ -219,7 +222,7 @@ class HeadProgress:
         self._kept_bytes = sum(record.features.nbytes for record in self._kept)
 
     def _mark(self, tokens: TrueTokens, *, seen: bool, rows: Bools | None = None) -> None:
-        blocks = blocks_of(tokens, self._block_size).cpu().numpy()
+        blocks = host_blocks_of(tokens, self._block_size)
         self._seen_blocks[blocks if rows is None else blocks[rows]] = seen
 
     def remove(self, req_id: str) -> None:

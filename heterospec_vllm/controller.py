@@ -201,13 +201,13 @@ class Controller:
         """Node tokens of each request's next tree, best first; [] where nothing is drafted."""
         assert self.progress is not None
         step_seconds = self._observe_step(num_step_tokens, len(req_ids))
-        emitted = int(tokens.num_tokens.sum())  # where everybody decodes
+        emitted = len(tokens.token_ids)  # where everybody decodes
         self._observe_cycle(step_seconds, num_step_tokens, len(req_ids), emitted)
         for req_id in req_ids:
             self._places.pop(req_id, None)
         start = time.perf_counter()
         self.counters.price_of_time = 0.0
-        self._context = _context_of(tokens)
+        self._context = tokens.context
         # Requests whose prompts are still read will decode, too: a burst is judged by all of them.
         with CLOCK.span("policy"):
             scope = self.policy.scope(len(req_ids), self._context)
@@ -252,7 +252,8 @@ class Controller:
         worth = self.policy.is_worth_reading(
             unread, demand.tokens_left, len(req_ids), self._context
         )
-        self.counters.unread_requests += int((demand.followed & ~worth).sum())
+        if not worth.all():
+            self.counters.unread_requests += int((demand.followed & ~worth).sum())
         return worth
 
     def _feed(self, scope: Scope, req_ids: list[str], worth: Bools, limits: Ints) -> Bools:
@@ -307,10 +308,6 @@ class Controller:
         self._places.pop(req_id, None)
         if self.progress is not None:
             self.progress.remove(req_id)
-
-
-def _context_of(tokens: TrueTokens) -> float:
-    return float(tokens.host_positions[tokens.ends - 1].sum())
 
 
 def _gathered(matched: list[tuple[str, _Place, int]]) -> DraftTrees:

@@ -254,4 +254,6 @@ class HeteroSpecProposer(TreeDrafter, EagleProposer):
 
 def _fits_kernel(tokens: TrueTokens) -> bool:
     """Few rows, and something before each: the kernel looks back at pages at least."""
-    return len(tokens.token_ids) <= MAX_ROWS and bool(context_offsets(tokens).all())
+    if len(tokens.token_ids) > MAX_ROWS:
+        return False
+    return bool((tokens.first_positions > tokens.context_starts).all())

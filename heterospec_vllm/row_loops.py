@@ -108,6 +108,22 @@ def level_positions(
     return out
 
 
+@compiled("Tuple((i8[::1], f8))(i8[:], i8[:])")
+def firsts_and_context(
+    num_tokens,  # [num_reqs]
+    positions,  # [num_tokens]
+):
+    """[num_reqs] position of each request's first token; the sum of those of the last ones."""
+    firsts = np.empty(num_tokens.size, np.int64)
+    context = 0.0
+    start = 0
+    for req in range(num_tokens.size):
+        firsts[req] = positions[start]
+        start += num_tokens[req]
+        context += positions[start - 1]
+    return firsts, context
+
+
 @compiled("i8(i4[:,:], i8, i8, i8)")
 def _block(block_table, req, offset, block_size):
     """KV block of a request's token."""

@@ -155,10 +155,10 @@ def _draft(
         level = costs.level.at(count)
         policy.observe_level(count, level)
         seconds += level
-    order = pool.order(64)
-    survivals = np.take_along_axis(pool.survivals, order, axis=1)
-    num_nodes = policy.propose(batch, survivals, seconds)
-    num_nodes = policy.keep(survivals, num_nodes, num_reqs, num_reqs, context)
+    ranked = pool.ranked(64)
+    order = ranked.columns
+    num_nodes = policy.propose(batch, ranked.survivals, seconds)
+    num_nodes = policy.keep(ranked.survivals, num_nodes, num_reqs, num_reqs, context)
     chosen = np.arange(order.shape[1]) < num_nodes[:, None]
     width = pool.tokens.shape[1]
     truth = recorded.accepted[np.maximum(rows, 0)][:, :width]

@@ -27,7 +27,7 @@ class StepRecorder:
         """A draft of request 0: ``root`` is the token it continues; price in tokens per second."""
         if self._drafted is not None:  # nothing of the last draft was verified
             self.steps.append({**self._drafted, "verified": [], "accepted": []})
-        order = pool.order(MOST_NODES)[0]
+        order = pool.ranked(MOST_NODES).columns[0]
         order = np.sort(order[pool.survivals[0, order] > 0])
         self._drafted = {
             "root": root,

@@ -28,6 +28,14 @@ Floats = NDArray[np.floating]
 
 
 @dataclass(frozen=True)
+class Ranked:
+    """The best candidates of each request's pool, best first; absent ones at the end."""
+
+    columns: Ints  # [num_reqs, width]
+    survivals: Floats  # [num_reqs, width] float64, 0 where absent
+
+
+@dataclass(frozen=True)
 class CandidatePool:
     """Everything the draft head proposed for a batch in one step, before nodes are chosen.
 
@@ -45,14 +53,13 @@ class CandidatePool:
         Ints  # [num_reqs, pool_size] place among its siblings by draft probability, 0 = most likely
     )
 
-    def order(self, width: int) -> Ints:
-        """[num_reqs, min(width, pool_size)] the best candidates' columns; parents come before their children.
+    def ranked(self, width: int) -> Ranked:
+        """The best candidates; parents come before their children.
 
         The sort is stable and a child never survives its parent, so every prefix is connected.
         """
-        # NaN (a poisoned head) must sort last, never first.
-        key = -np.fmax(self.survivals, 0.0)
-        return np.argsort(key, axis=1, kind="stable")[:, :width]
+        survivals = np.asarray(self.survivals, dtype=np.float64)
+        return Ranked(*tree_loops.ranked(survivals, min(width, survivals.shape[1])))
 
     @classmethod
     def concatenate(cls, levels: list[CandidatePool]) -> CandidatePool:
@@ -114,14 +121,14 @@ class DraftTrees:
         cls,
         pool: CandidatePool,
         num_nodes: Ints,  # [num_reqs] most nodes of each request's tree
-        order: Ints | None = None,  # [num_reqs, width] of pool.order, if it is at hand
+        ranked: Ranked | None = None,  # the pool's, if it is at hand
     ) -> DraftTrees:
         """Keep each request's best candidates (EAGLE-2 rerank), best first."""
         num_reqs, pool_size = pool.tokens.shape
         width = min(int(num_nodes.max(initial=0)), pool_size)
         if width <= 0:
             return cls.empty(num_reqs)
-        order = pool.order(width) if order is None else order[:, :width]
+        ranked = pool.ranked(width) if ranked is None else ranked
         return cls(
             *tree_loops.cut(
                 pool.tokens,
@@ -130,7 +137,7 @@ class DraftTrees:
                 pool.strata,
                 pool.parents,
                 pool.ranks,
-                order,
+                ranked.columns,
                 num_nodes,
                 width,
             )

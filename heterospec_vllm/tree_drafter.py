@@ -191,25 +191,27 @@ class TreeDrafter:
             levels = self._expand(policy, batch, context)
         with CLOCK.span("draft: cut the tree"):
             pool = CandidatePool.concatenate(levels) if len(levels) > 1 else levels[0]
-            order = pool.order(self.num_speculative_tokens)
-            survivals = pool.survivals[np.arange(order.shape[0])[:, None], order]
+            ranked = pool.ranked(self.num_speculative_tokens)
             seconds = time.perf_counter() - start
         with CLOCK.span("policy"):
-            num_nodes = policy.propose(batch, survivals, seconds)
+            num_nodes = policy.propose(batch, ranked.survivals, seconds)
         with CLOCK.span("draft: cut the tree"):
-            trees = DraftTrees.from_pool(pool, num_nodes, order)
+            trees = DraftTrees.from_pool(pool, num_nodes, ranked)
         return Draft(pool, trees, len(levels) - 1, seconds)
 
     def _first_pass(self, tokens: TrueTokens) -> HeadContext:
-        """Runs over the true tokens in parts that fit the head's buffers."""
         start = time.perf_counter()
-        self._first_pass_size = int(tokens.num_tokens.sum()), tokens.num_tokens.size
+        self._first_pass_size = len(tokens.token_ids), tokens.num_tokens.size
+        fits = len(tokens.token_ids) <= self.max_num_tokens
+        context = self._first_pass_of(tokens) if fits else self._in_parts(tokens)
+        self.first_pass_seconds = time.perf_counter() - start
+        return context
+
+    def _in_parts(self, tokens: TrueTokens) -> HeadContext:
+        """The first pass over more tokens than the head's buffers hold."""
         tokens = self._shortened(tokens)
         parts = parts_of(tokens.num_tokens, self.max_num_tokens)
         contexts = [self._first_pass_of(requests_of(tokens, part)) for part in parts]
-        self.first_pass_seconds = time.perf_counter() - start
-        if len(contexts) == 1:
-            return contexts[0]
         return HeadContext(
             *(torch.cat([getattr(c, f.name) for c in contexts]) for f in fields(HeadContext))
         )
@@ -323,7 +325,7 @@ class TreeDrafter:
         most: int,  # nodes of a request
     ) -> Frontier:
         """The chosen candidates packed to the left, with what the head needs of their parents."""
-        if chosen.sum(axis=1).max() > most:
+        if chosen.shape[1] > most and chosen.sum(axis=1).max() > most:
             chosen = chosen & in_beam(np.where(chosen, level_pool.log_probs, -np.inf), most)
         slots, own_rows, reqs, parents, tokens, start, new_tail = row_loops.frontier(
             chosen, rows, level_pool.tokens, tail, first_row

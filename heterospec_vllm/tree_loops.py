@@ -30,6 +30,26 @@ def _empty_trees(num_reqs, width):
     )
 
 
+@compiled("Tuple((i8[:,::1], f8[:,::1]))(f8[:,:], i8)")
+def ranked(
+    survivals,  # [num_reqs, pool_size]; NaN (a poisoned head) sorts last, never first
+    width,  # at most pool_size
+):
+    """[num_reqs, width] each: the best columns, of equals the first ones first, and their survivals."""
+    num_reqs, pool_size = survivals.shape
+    columns = np.empty((num_reqs, width), np.int64)
+    best = np.empty((num_reqs, width), np.float64)
+    key = np.empty(pool_size, np.float64)
+    for req in range(num_reqs):
+        for at in range(pool_size):
+            key[at] = -survivals[req, at] if survivals[req, at] > 0.0 else 0.0
+        order = np.argsort(key, kind="mergesort")
+        for place in range(width):
+            columns[req, place] = order[place]
+            best[req, place] = -key[order[place]]
+    return columns, best
+
+
 @compiled(_TREES + "(i8[:,:], f4[:,:], f8[:,:], i8[:,:], i8[:,:], i8[:,:], i8[:,:], i8[:], i8)")
 def cut(
     tokens,  # [num_reqs, pool_size], likewise the next five

@@ -36,6 +36,20 @@ class TrueTokens:
         """[num_tokens] ``positions`` on the host."""
         return self.positions.cpu().numpy()
 
+    @cached_property
+    def _firsts_and_context(self) -> tuple[Ints, float]:
+        return row_loops.firsts_and_context(self.num_tokens, self.host_positions)
+
+    @property
+    def first_positions(self) -> Ints:
+        """[num_reqs] position of each request's first token."""
+        return self._firsts_and_context[0]
+
+    @property
+    def context(self) -> float:
+        """Tokens of context of all requests: the positions of their last tokens."""
+        return self._firsts_and_context[1]
+
 
 def context_offsets(tokens: TrueTokens) -> torch.Tensor:
     """[num_tokens] int64 how far each token lies behind the start of the head's context."""
@@ -49,12 +63,21 @@ def blocks_of(tokens: TrueTokens, block_size: int) -> torch.Tensor:
     """[num_tokens] int64 KV block of each token."""
     offsets = context_offsets(tokens)
     if offsets.device.type == "cpu":
-        table = tokens.block_table.numpy()
-        return torch.from_numpy(
-            row_loops.true_blocks(tokens.num_tokens, offsets.numpy(), table, block_size)
-        )
+        return torch.from_numpy(host_blocks_of(tokens, block_size))
     reqs = torch.from_numpy(np.repeat(np.arange(tokens.num_tokens.size), tokens.num_tokens))
     return tokens.block_table[reqs.to(offsets.device), offsets // block_size].long()
+
+
+def host_blocks_of(tokens: TrueTokens, block_size: int) -> Ints:
+    """[num_tokens] KV block of each token, on the host."""
+    if tokens.positions.device.type != "cpu":
+        return blocks_of(tokens, block_size).cpu().numpy()
+    return row_loops.true_blocks(
+        tokens.num_tokens,
+        context_offsets(tokens).numpy(),
+        tokens.block_table.numpy(),
+        block_size,
+    )
 
 
 def slots_of(tokens: TrueTokens, block_size: int) -> torch.Tensor:

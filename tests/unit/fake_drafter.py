@@ -64,9 +64,9 @@ def draft(policy: DraftPolicy, batch: Batch, head: Head, seconds: float = 0.0) -
         parent = Parents.of(np.where(real, slots, NO_ROW), pool, size)
         size += pool.tokens.shape[1]
     pool = CandidatePool.concatenate(pools)
-    order = pool.order(63)
-    num_nodes = policy.propose(batch, np.take_along_axis(pool.survivals, order, axis=1), seconds)
-    return Drafted(pool, DraftTrees.from_pool(pool, num_nodes, order), expanded)
+    ranked = pool.ranked(63)
+    num_nodes = policy.propose(batch, ranked.survivals, seconds)
+    return Drafted(pool, DraftTrees.from_pool(pool, num_nodes, ranked), expanded)
 
 
 def depths_of(drafted: Drafted) -> list[int]:

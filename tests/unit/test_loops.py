@@ -310,3 +310,28 @@ def test_vllm_can_look_at_every_module_beside_numba() -> None:
     assert callable(ffi.lib.LLVMPY_GetVersionInfo)
     assert hasattr(type(ffi.lib).__getattr__, "__wrapped__")
     _rebind_kernels([(object(), object())])  # type: ignore[list-item]
+
+
+@few
+@given(seeds, st.integers(1, 4), st.integers(1, 12), st.integers(1, 12))
+def test_ranked(seed: int, num_reqs: int, pool_size: int, width: int) -> None:
+    """Of equals the first ones first; what is absent, NaN or below zero comes last with a survival of 0."""
+    rng = np.random.default_rng(seed)
+    choices = np.array([np.nan, -0.5, 0.0, 0.2, 0.5, 0.9])
+    survivals = rng.choice(choices, (num_reqs, pool_size))
+    width = min(width, pool_size)
+    columns, best = tree_loops.ranked(survivals, width)
+    key = -np.fmax(survivals, 0.0)
+    want = np.argsort(key, axis=1, kind="stable")[:, :width]
+    np.testing.assert_array_equal(columns, want)
+    np.testing.assert_array_equal(best, -np.take_along_axis(key, want, axis=1))
+
+
+@few
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 5)), max_size=6))
+def test_firsts_and_context(spans: list[tuple[int, int]]) -> None:
+    num_tokens = np.array([count for _, count in spans], dtype=np.int64)
+    positions = [first + i for first, count in spans for i in range(count)]
+    firsts, context = row_loops.firsts_and_context(num_tokens, np.array(positions, dtype=np.int64))
+    assert firsts.tolist() == [first for first, _ in spans]
+    assert context == sum(first + count - 1 for first, count in spans)

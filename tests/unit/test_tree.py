@@ -129,10 +129,10 @@ def test_a_cut_tree_is_connected_and_best(pool: CandidatePool, data: st.DataObje
 
 @few
 @given(pools(), st.data())
-def test_an_order_at_hand_changes_nothing(pool: CandidatePool, data: st.DataObject) -> None:
+def test_ranked_candidates_at_hand_change_nothing(pool: CandidatePool, data: st.DataObject) -> None:
     most = np.array([data.draw(st.integers(0, 20)) for _ in range(pool.tokens.shape[0])])
     cut = DraftTrees.from_pool(pool, most)
-    again = DraftTrees.from_pool(pool, most, pool.order(pool.tokens.shape[1]))
+    again = DraftTrees.from_pool(pool, most, pool.ranked(pool.tokens.shape[1]))
     for field in dataclasses.fields(cut):
         np.testing.assert_array_equal(getattr(cut, field.name), getattr(again, field.name))
 
