@@ -8,7 +8,7 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,6 +20,9 @@ from heterospec_vllm.cli.files import check_output
 from heterospec_vllm.cli.progress import watched
 from heterospec_vllm.cli.sizes import sizes_of
 from heterospec_vllm.prompts import BUILT_IN, chat_token_ids, texts_of
+
+if TYPE_CHECKING:
+    from heterospec_vllm.trace import Trace
 
 # (nodes, depth, top_k) whose steps are timed, 0 nodes: plain decoding. Chains too, or a level of one node would be
 # priced like the narrowest bushy one.
@@ -105,10 +108,10 @@ def calibrate(
         enforce_eager=enforce_eager,
     )
     ids = chat_token_ids(llm.get_tokenizer(), texts, max_model_len - tokens - 1)
-    recorded = _trace(llm, ids, tokens, batch, sampled, console)
+    recorded = record_trace(llm, ids, tokens, batch, sampled, console)
     if trace is not None:
         recorded.save(trace)
-    samples = _time_steps(llm, ids, sizes, 2 * tokens, console)
+    samples = time_steps(llm, ids, sizes, 2 * tokens, console)
 
     from heterospec_vllm import calibration
     from heterospec_vllm.simulate import Replay
@@ -125,9 +128,10 @@ def calibrate(
     console.print(f"profile: {output}   reliability diagram: {picture}")
 
 
-def _trace(
+def record_trace(
     llm: Any, ids: list[list[int]], tokens: int, batch: int, sampled: bool, console: Console
-) -> Any:
+) -> Trace:
+    """Every position's draft of the answers to some prompts, ``batch`` requests at a time."""
     import numpy as np
     from vllm import SamplingParams
 
@@ -161,7 +165,7 @@ def _trace(
     )
 
 
-def _time_steps(
+def time_steps(
     llm: Any, ids: list[list[int]], sizes: list[int], tokens_at_most: int, console: Console
 ) -> list[dict[str, list]]:
     """What steps cost, over batch sizes, trees and contexts."""

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Replayed against measured: what `heterospec simulate` says of the policies and what one engine does with them.
+
+    python benchmarks/bench_replay.py --target TARGET --dtype float32 --prompts a.jsonl --prompts b.jsonl
+
+One engine traces the prompts, times its steps, and decodes them under every policy in turns (prompts not timed).
+Then the trace is replayed with those costs. Both are given in multiples of plain decoding; asked: within 10 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from heterospec_vllm import calibration
+from heterospec_vllm.cli.calibrate import record_trace, time_steps
+from heterospec_vllm.cli.engine import in_process_llm
+from heterospec_vllm.cli.progress import watched
+from heterospec_vllm.cli.simulate import compare
+from heterospec_vllm.profile import Profile, load_profile
+from heterospec_vllm.prompts import chat_token_ids, texts_of
+from heterospec_vllm.simulate import Replay
+
+HEAD = "builtin:smollm2-135m"
+PROFILE = Path(__file__).parents[1] / "configs/profiles/smollm2-135m.json"
+BOUNDS = 16, 6, 8  # nodes, depth and top_k of `marginal`
+MAX_MODEL_LEN = 2048
+
+
+def system(policy: str, nodes: int, depth: int, top_k: int) -> tuple[str, dict[str, int]]:
+    """What `set_heterospec_policy` takes."""
+    return policy, {"num_speculative_tokens": nodes, "max_depth": depth, "top_k": top_k}
+
+
+# Names are those of `heterospec simulate`.
+SYSTEMS = {
+    "plain": system("plain", 1, 1, 1),
+    "chain k=2": system("chain", 2, 2, 1),
+    "chain k=3": system("chain", 3, 3, 1),
+    "static 4 nodes, depth 2, top 4": system("static", 4, 2, 4),
+    "static 6 nodes, depth 2, top 4": system("static", 6, 2, 4),
+    "static 8 nodes, depth 3, top 4": system("static", 8, 3, 4),
+    "marginal": system("marginal", *BOUNDS),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--target", required=True, help="folder or hub id")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--prompts", type=Path, action="append", required=True, help="JSONL")
+    parser.add_argument("--per-file", type=int, default=2, help="prompts of each file")
+    parser.add_argument("--tokens", type=int, default=48, help="of an answer")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--rounds", type=int, default=3, help="after one that is not counted")
+    parser.add_argument("--json", type=Path, help="write the results here")
+    args = parser.parse_args()
+    console = Console()
+    llm = in_process_llm(
+        args.target,
+        {"model": HEAD, "num_speculative_tokens": 32, "max_depth": BOUNDS[1], "top_k": BOUNDS[2]},
+        dtype=args.dtype,
+        max_model_len=MAX_MODEL_LEN,
+        max_num_seqs=max(8, *args.batches),
+    )
+    texts = [text for path in args.prompts for text in texts_of(path)[: args.per_file]]
+    ids = chat_token_ids(llm.get_tokenizer(), texts, MAX_MODEL_LEN - args.tokens - 1)
+    trace = record_trace(llm, ids, args.tokens, 8, False, console)
+    sizes = [size for size in (1, 2, 4, 8, 16) if size <= max(8, *args.batches)]
+    # Before and after: this machine may be another one by then.
+    samples = time_steps(llm, ids, sizes, 2 * args.tokens, console)
+    rates = {batch: measured(llm, ids, args, batch, console) for batch in args.batches}
+    samples += time_steps(llm, ids, sizes, 2 * args.tokens, console)
+    profile = with_costs(load_profile(PROFILE), calibration.fit_costs(samples).as_dict())
+    results = {}
+    for batch in args.batches:
+        replayed = compare(Replay(trace), profile, batch, len(ids), BOUNDS)
+        results[batch] = rows = joined(replayed, rates[batch])
+        show(console, batch, rows, replayed["marginal"]["share_of_oracle"])
+    if args.json is not None:
+        args.json.write_text(json.dumps(results, indent=1))
+
+
+def measured(
+    llm: Any, ids: list[list[int]], args: argparse.Namespace, batch: int, console: Console
+) -> dict[str, list[float]]:
+    """Tokens a second of every system, round by round."""
+    rates: dict[str, list[float]] = {name: [] for name in SYSTEMS}
+    turns = [(turn, name) for turn in range(args.rounds + 1) for name in SYSTEMS]
+    for turn, name in watched(turns, f"{batch} at once", console):
+        policy, bounds = SYSTEMS[name]
+        llm.collective_rpc("set_heterospec_policy", args=(policy,), kwargs=bounds)
+        rate = decoding_rate(llm, ids, batch, args.tokens)
+        if turn:
+            rates[name].append(rate)
+    return rates
+
+
+def decoding_rate(llm: Any, ids: list[list[int]], batch: int, tokens: int) -> float:
+    """Tokens a second of ``batch`` requests at a time, from the step on in which each has its first token."""
+    from vllm import SamplingParams
+
+    engine = llm.llm_engine
+    params = SamplingParams(temperature=0, max_tokens=tokens)
+    emitted, seconds = 0, 0.0
+    for first in range(0, len(ids), batch):
+        part = ids[first : first + batch]
+        for number, one in enumerate(part):
+            engine.add_request(f"{time.monotonic_ns()}-{number}", {"prompt_token_ids": one}, params)
+        counts: dict[str, int] = {}
+        start, begun = 0.0, 0
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                counts[output.request_id] = len(output.outputs[0].token_ids)
+            if not start and len(counts) == len(part):
+                start, begun = time.perf_counter(), sum(counts.values())
+        emitted += sum(counts.values()) - begun
+        seconds += time.perf_counter() - start
+    return emitted / seconds
+
+
+def with_costs(profile: Profile, costs: dict[str, Any]) -> Profile:
+    """The profile with the costs of this machine today."""
+    return Profile(**{**profile.model_dump(), "costs": costs})
+
+
+def joined(replayed: dict[str, Any], rates: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """By system: the replay's and the measured multiple of plain decoding, and how far they are apart."""
+    rows = {}
+    for name, values in rates.items():
+        pairs = zip(values, rates["plain"], strict=True)
+        ratio = statistics.median(rate / plain for rate, plain in pairs)
+        said = replayed[name]["ratio_to_plain"]
+        rows[name] = {"replayed": said, "measured": ratio, "difference": said / ratio - 1.0}
+    return rows
+
+
+def show(console: Console, batch: int, rows: dict[str, dict[str, float]], share: float) -> None:
+    title = f"{batch} at once, times plain; marginal is {100 * share:.0f} % of the oracle"
+    table = Table("policy", title=title)
+    for column in ("replayed", "measured", "difference"):
+        table.add_column(column, justify="right")
+    for name, row in rows.items():
+        cells = (
+            f"{row['replayed']:.2f}",
+            f"{row['measured']:.2f}",
+            f"{100 * row['difference']:+.1f} %",
+        )
+        table.add_row(name, *cells)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
