@@ -3,8 +3,9 @@
 
     python benchmarks/bench_replay.py --target TARGET --dtype float32 --prompts a.jsonl --prompts b.jsonl
 
-One engine traces the prompts, times its steps, and decodes them under every policy in turns (prompts not timed).
-Then the trace is replayed with those costs. Both are given in multiples of plain decoding; asked: within 10 %.
+One engine traces the prompts, times its steps, and decodes every group of prompts under one policy right after the
+other (reading prompts is not timed). Then the trace is replayed with those costs. Both are given in multiples of plain
+decoding; asked: within 10 %.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import statistics
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -88,42 +90,56 @@ def main() -> None:
         args.json.write_text(json.dumps(results, indent=1))
 
 
+@dataclass
+class Decoded:
+    """What a system emitted behind the first tokens, and in which time."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.seconds
+
+
 def measured(
     llm: Any, ids: list[list[int]], args: argparse.Namespace, batch: int, console: Console
 ) -> dict[str, list[float]]:
     """Tokens a second of every system, round by round."""
     rates: dict[str, list[float]] = {name: [] for name in SYSTEMS}
-    turns = [(turn, name) for turn in range(args.rounds + 1) for name in SYSTEMS]
-    for turn, name in watched(turns, f"{batch} at once", console):
-        policy, bounds = SYSTEMS[name]
-        llm.collective_rpc("set_heterospec_policy", args=(policy,), kwargs=bounds)
-        rate = decoding_rate(llm, ids, batch, args.tokens)
+    groups = [ids[first : first + batch] for first in range(0, len(ids), batch)]
+    for turn in watched(range(args.rounds + 1), f"{batch} at once", console):
+        decoded = {name: Decoded() for name in SYSTEMS}
+        for number, group in enumerate(groups):
+            # The machine changes its speed by the second, so nobody is always the first.
+            first = (turn + number) % len(SYSTEMS)
+            names = [*SYSTEMS][first:] + [*SYSTEMS][:first]
+            for name in names:
+                policy, bounds = SYSTEMS[name]
+                llm.collective_rpc("set_heterospec_policy", args=(policy,), kwargs=bounds)
+                decode(llm.llm_engine, group, args.tokens, decoded[name])
         if turn:
-            rates[name].append(rate)
+            for name in SYSTEMS:
+                rates[name].append(decoded[name].rate)
     return rates
 
 
-def decoding_rate(llm: Any, ids: list[list[int]], batch: int, tokens: int) -> float:
-    """Tokens a second of ``batch`` requests at a time, from the step on in which each has its first token."""
+def decode(engine: Any, group: list[list[int]], tokens: int, decoded: Decoded) -> None:
+    """Answers some requests together; counts from the step on in which each has its first token."""
     from vllm import SamplingParams
 
-    engine = llm.llm_engine
     params = SamplingParams(temperature=0, max_tokens=tokens)
-    emitted, seconds = 0, 0.0
-    for first in range(0, len(ids), batch):
-        part = ids[first : first + batch]
-        for number, one in enumerate(part):
-            engine.add_request(f"{time.monotonic_ns()}-{number}", {"prompt_token_ids": one}, params)
-        counts: dict[str, int] = {}
-        start, begun = 0.0, 0
-        while engine.has_unfinished_requests():
-            for output in engine.step():
-                counts[output.request_id] = len(output.outputs[0].token_ids)
-            if not start and len(counts) == len(part):
-                start, begun = time.perf_counter(), sum(counts.values())
-        emitted += sum(counts.values()) - begun
-        seconds += time.perf_counter() - start
-    return emitted / seconds
+    for number, one in enumerate(group):
+        engine.add_request(f"{time.monotonic_ns()}-{number}", {"prompt_token_ids": one}, params)
+    counts: dict[str, int] = {}
+    start, begun = 0.0, 0
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            counts[output.request_id] = len(output.outputs[0].token_ids)
+        if not start and len(counts) == len(group):
+            start, begun = time.perf_counter(), sum(counts.values())
+    decoded.tokens += sum(counts.values()) - begun
+    decoded.seconds += time.perf_counter() - start
 
 
 def with_costs(profile: Profile, costs: dict[str, Any]) -> Profile:
@@ -138,14 +154,19 @@ def joined(replayed: dict[str, Any], rates: dict[str, list[float]]) -> dict[str,
         pairs = zip(values, rates["plain"], strict=True)
         ratio = statistics.median(rate / plain for rate, plain in pairs)
         said = replayed[name]["ratio_to_plain"]
-        rows[name] = {"replayed": said, "measured": ratio, "difference": said / ratio - 1.0}
+        rows[name] = {
+            "replayed": said,
+            "measured": ratio,
+            "difference": said / ratio - 1.0,
+            "tokens_per_second": statistics.median(values),
+        }
     return rows
 
 
 def show(console: Console, batch: int, rows: dict[str, dict[str, float]], share: float) -> None:
     title = f"{batch} at once, times plain; marginal is {100 * share:.0f} % of the oracle"
     table = Table("policy", title=title)
-    for column in ("replayed", "measured", "difference"):
+    for column in ("replayed", "measured", "difference", "tok/s measured"):
         table.add_column(column, justify="right")
     for name, row in rows.items():
         cells = (
