@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="after one that is not counted")
     parser.add_argument("--json", type=Path, help="write the results here")
     args = parser.parse_args()
-    console = Console()
+    console = Console(width=120)
     llm = in_process_llm(
         args.target,
         {"model": HEAD, "num_speculative_tokens": 32, "max_depth": BOUNDS[1], "top_k": BOUNDS[2]},
