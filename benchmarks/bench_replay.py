@@ -169,12 +169,13 @@ def show(console: Console, batch: int, rows: dict[str, dict[str, float]], share:
     for column in ("replayed", "measured", "difference", "tok/s measured"):
         table.add_column(column, justify="right")
     for name, row in rows.items():
-        cells = (
+        table.add_row(
+            name,
             f"{row['replayed']:.2f}",
             f"{row['measured']:.2f}",
             f"{100 * row['difference']:+.1f} %",
+            f"{row['tokens_per_second']:.1f}",
         )
-        table.add_row(name, *cells)
     console.print(table)
 
 
