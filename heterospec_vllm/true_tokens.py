@@ -61,9 +61,9 @@ def context_offsets(tokens: TrueTokens) -> torch.Tensor:
 
 def blocks_of(tokens: TrueTokens, block_size: int) -> torch.Tensor:
     """[num_tokens] int64 KV block of each token."""
-    offsets = context_offsets(tokens)
-    if offsets.device.type == "cpu":
+    if tokens.positions.device.type == "cpu":
         return torch.from_numpy(host_blocks_of(tokens, block_size))
+    offsets = context_offsets(tokens)
     reqs = torch.from_numpy(np.repeat(np.arange(tokens.num_tokens.size), tokens.num_tokens))
     return tokens.block_table[reqs.to(offsets.device), offsets // block_size].long()
 
