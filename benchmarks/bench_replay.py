@@ -3,9 +3,9 @@
 
     python benchmarks/bench_replay.py --target TARGET --dtype float32 --prompts a.jsonl --prompts b.jsonl
 
-One engine traces the prompts, times its steps, and decodes every group of prompts under one policy right after the
-other (reading prompts is not timed). Then the trace is replayed with those costs. Both are given in multiples of plain
-decoding; asked: within 10 %.
+One engine traces the prompts and decodes every group of prompts under one policy right after the other (reading
+prompts is not timed); between the rounds it times its steps. Then the trace is replayed with those costs. Both are
+given in multiples of plain decoding; asked: within 10 %.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from heterospec_vllm.cli.calibrate import record_trace, time_steps
 from heterospec_vllm.cli.engine import in_process_llm
 from heterospec_vllm.cli.progress import watched
 from heterospec_vllm.cli.simulate import compare
+from heterospec_vllm.cost import StepCosts
 from heterospec_vllm.profile import Profile, load_profile
 from heterospec_vllm.prompts import chat_token_ids, texts_of
 from heterospec_vllm.simulate import Replay
@@ -75,16 +76,12 @@ def main() -> None:
     texts = [text for path in args.prompts for text in texts_of(path)[: args.per_file]]
     ids = chat_token_ids(llm.get_tokenizer(), texts, MAX_MODEL_LEN - args.tokens - 1)
     trace = record_trace(llm, ids, args.tokens, 8, False, console)
-    sizes = [size for size in (1, 2, 4, 8, 16) if size <= max(8, *args.batches)]
-    # Before and after: this machine may be another one by then.
-    samples = time_steps(llm, ids, sizes, 2 * args.tokens, console)
-    rates = {batch: measured(llm, ids, args, batch, console) for batch in args.batches}
-    samples += time_steps(llm, ids, sizes, 2 * args.tokens, console)
-    profile = with_costs(load_profile(PROFILE), calibration.fit_costs(samples).as_dict())
     results = {}
     for batch in args.batches:
+        rates, costs = measured(llm, ids, args, batch, console)
+        profile = with_costs(load_profile(PROFILE), costs.as_dict())
         replayed = compare(Replay(trace), profile, batch, len(ids), BOUNDS)
-        results[batch] = rows = joined(replayed, rates[batch])
+        results[batch] = rows = joined(replayed, rates)
         show(console, batch, rows, replayed["marginal"]["share_of_oracle"])
     if args.json is not None:
         args.json.write_text(json.dumps(results, indent=1))
@@ -104,9 +101,11 @@ class Decoded:
 
 def measured(
     llm: Any, ids: list[list[int]], args: argparse.Namespace, batch: int, console: Console
-) -> dict[str, list[float]]:
-    """Tokens a second of every system, round by round."""
+) -> tuple[dict[str, list[float]], StepCosts]:
+    """Tokens a second of every system, round by round, and what steps cost in those minutes."""
     rates: dict[str, list[float]] = {name: [] for name in SYSTEMS}
+    sizes = [size for size in (1, 2, 4, 8, 16) if size <= batch]
+    samples = []
     groups = [ids[first : first + batch] for first in range(0, len(ids), batch)]
     for turn in watched(range(args.rounds + 1), f"{batch} at once", console):
         decoded = {name: Decoded() for name in SYSTEMS}
@@ -121,7 +120,9 @@ def measured(
         if turn:
             for name in SYSTEMS:
                 rates[name].append(decoded[name].rate)
-    return rates
+            # As often as rates: this machine may be another one a minute later.
+            samples += time_steps(llm, ids, sizes, 2 * args.tokens, Console(quiet=True))
+    return rates, calibration.fit_costs(samples)
 
 
 def decode(engine: Any, group: list[list[int]], tokens: int, decoded: Decoded) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
+from heterospec_vllm import row_loops
 from heterospec_vllm.tree import Ints
 from heterospec_vllm.verify import Walk
 
@@ -33,7 +32,4 @@ def plan_moves(
     first, so ``d <= rows[d]`` and a target never is a later source: moving request by request, depth by depth,
     needs no buffer.
     """
-    rows = walked.rows
-    depth = np.arange(rows.shape[1])
-    reqs, depths = np.nonzero(rows > depth)
-    return KVMoves(root_rows[reqs] + rows[reqs, depths], root_rows[reqs] + depths)
+    return KVMoves(*row_loops.moves(walked.rows, root_rows))

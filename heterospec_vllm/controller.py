@@ -122,9 +122,9 @@ class Controller:
 
     def trees_for(self, req_ids: list[str]) -> DraftTrees:
         """The verified trees in the order of the batch, empty where a request has none."""
-        rows = np.array([self._index.get(req_id, -1) for req_id in req_ids])
-        if np.array_equal(rows, np.arange(self._verified.num_reqs)):
+        if [*self._index] == req_ids and len(req_ids) == self._verified.num_reqs:
             return self._verified
+        rows = np.array([self._index.get(req_id, -1) for req_id in req_ids])
         counts = np.where(rows >= 0, self._verified.num_nodes[rows], 0)
         return self._verified.take(np.maximum(rows, 0), counts)
 
@@ -216,7 +216,7 @@ class Controller:
         reads = demand.followed & worth & (scope == "all")
         follow = demand.followed & self.progress.follow(req_ids, tokens, reads)
         worth &= follow
-        limits = demand.only(worth).limits
+        limits = np.where(worth, demand.limits, 0)
         feed = self._feed(scope, req_ids, worth, limits)
         fed = self.progress.advance(req_ids, tokens, feed, follow)
         caught_up = 0
@@ -286,7 +286,7 @@ class Controller:
         if draft is None:
             return
         self.counters.draft_steps += 1
-        self.counters.drafted_nodes += int((draft.pool.survivals > 0).sum())
+        self.counters.drafted_nodes += draft.num_candidates
         if self.policy.choice is not None:
             self.counters.price_of_time = self.policy.choice.rate
         names = [req_ids[i] for i in chosen]
@@ -316,11 +316,15 @@ def _gathered(matched: list[tuple[str, _Place, int]]) -> DraftTrees:
     for _, place, _ in matched:
         if not any(place.trees is source for source in sources):
             sources.append(place.trees)
+    reqs = [place.req for _, place, _ in matched]
     counts = np.array([count for _, _, count in matched])
     if len(sources) == 1:
-        return sources[0].take(np.array([place.req for _, place, _ in matched]), counts)
+        (trees,) = sources
+        if reqs == [*range(trees.num_reqs)] and (counts == trees.num_nodes).all():
+            return trees  # most steps
+        return trees.take(np.array(reqs), counts)
     first = np.cumsum([0, *(source.num_reqs for source in sources)]).tolist()
     offset = dict(zip(map(id, sources), first, strict=False))
-    reqs = np.array([offset[id(place.trees)] + place.req for _, place, _ in matched])
+    at = np.array([offset[id(place.trees)] + place.req for _, place, _ in matched])
     with CLOCK.span("gather trees"):
-        return DraftTrees.concatenate(sources).take(reqs, counts)
+        return DraftTrees.concatenate(sources).take(at, counts)

@@ -47,6 +47,16 @@ def _line(knots, seconds, counts, fixed, per_count):
     return out
 
 
+@compiled("f8[::1](f8[::1], f8[::1], i8, i8, f8, f8)")
+def _run(knots, seconds, first, size, fixed, per_count):
+    """See :meth:`CostTable.run`."""
+    out = np.empty(size, np.float64)
+    for i in range(size):
+        _, at = _on_line(knots, seconds, first + i)
+        out[i] = at + fixed + per_count * (first + i)
+    return out
+
+
 @compiled("void(f8[::1], f8[::1], f8[::1], f8, f8, f8)")
 def _observe(
     knots,  # [num_knots]
@@ -113,6 +123,10 @@ class CostTable:
         given = np.asarray(counts, dtype=np.float64)
         return _line(self.knots, self.seconds, given, fixed, per_count)
 
+    def run(self, first: int, size: int, fixed: float = 0.0, per_count: float = 0.0) -> Floats:
+        """[size] what a call says of ``first`` and the counts that follow."""
+        return _run(self.knots, self.seconds, first, size, fixed, per_count)
+
     def observe(self, count: float, seconds: float, floor: float = LEAST_SHARE) -> None:
         """One measurement: moves the whole table a little and the two knots around ``count`` further.
 
@@ -155,6 +169,13 @@ class StepCosts:
     def steps(self, num_tokens: Ints, num_reqs: int, context: float) -> Floats:
         """Seconds of target steps over each of several numbers of tokens."""
         return self.verify(num_tokens, *self._extra(num_reqs, context))
+
+    def cycles(
+        self, first: int, most: int, num_reqs: int, context: float, draft_seconds: float
+    ) -> Floats:
+        """[most + 1] seconds of a draft and of the step after it, with 0 to ``most`` tokens beyond the ``first``."""
+        fixed, per_row = self._extra(num_reqs, context)
+        return self.verify.run(first, most + 1, fixed + draft_seconds, per_row)
 
     def _extra(self, num_reqs: int, context: float) -> tuple[float, float]:
         """What requests and their contexts add to a step, and to each row: it attends to its own request's context."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from heterospec_vllm import level_loops, row_loops
+from heterospec_vllm import level_loops
 from heterospec_vllm.policies import Batch, DraftPolicy, Level
 from heterospec_vllm.signals import meta_path_end
 from heterospec_vllm.tree import NO_ROW, CandidatePool, Floats, Ints
@@ -30,19 +30,6 @@ class Parents:
         none = np.full((num_reqs, 1), NO_ROW)
         return cls(
             none, zeros, np.ones((num_reqs, 1)), zeros, np.zeros((num_reqs, 1), dtype=np.int64)
-        )
-
-    @classmethod
-    def of(cls, slots: Ints, level_pool: CandidatePool, first_column: int) -> Parents:
-        return cls(
-            *row_loops.parents_of(
-                slots,
-                first_column,
-                level_pool.log_probs,
-                level_pool.survivals,
-                level_pool.entropies,
-                level_pool.strata,
-            )
         )
 
 

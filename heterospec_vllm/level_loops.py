@@ -162,10 +162,12 @@ def count_outcomes(
             hits[temperatures[i], depth, strata[i], knot] += part * accepted[i]
 
 
-@compiled("b1[:,::1](f8[:,:], f8[:,:,:], f8, f8, f8, f8, i8)")
+@compiled("b1[:,::1](f8[:,:], i8[:,:], i8[:], f8[:,:,:], f8, f8, f8, f8, i8)")
 def worth_expanding(
     survivals,  # [num_reqs, num_candidates] <= 0 where there is none
-    continuation,  # [num_reqs, num_candidates, top_k]
+    strata,  # [num_reqs, num_candidates]
+    temperatures,  # [num_reqs]
+    continuation,  # [num_temperatures, num_strata, top_k]
     price,
     node_seconds,
     row_seconds,
@@ -182,8 +184,9 @@ def worth_expanding(
             gain = -1.0
             if survivals[req, at] > 0.0:
                 gain = -price * row_seconds
-                for rank in range(continuation.shape[2]):
-                    spare = survivals[req, at] * continuation[req, at, rank]
+                shares = continuation[temperatures[req], strata[req, at]]
+                for rank in range(shares.size):
+                    spare = survivals[req, at] * shares[rank]
                     gain += max(spare - price * node_seconds, 0.0)
             gains[at] = gain
         for _ in range(min(beam, num_candidates)):
@@ -232,14 +235,14 @@ def inherit(
                     )
 
 
-@compiled("Tuple((i8[::1], f8, f8))(f8[:,:], i8[:], f8[:], f8)")
+@compiled("Tuple((i8[::1], i8, f8, f8))(f8[:,:], i8[:], f8[:], f8)")
 def best_prefix(
     survivals,  # [num_reqs, max_nodes] falling along each row
     limits,  # [num_reqs]
     cost,  # [max_total + 1] seconds with that many nodes
     own_tokens,  # tokens that the batch emits without any node
 ):
-    """[num_reqs] nodes, expected tokens and rate of the best prefix of all survivals sorted."""
+    """[num_reqs] nodes, their sum, expected tokens and rate of the best prefix of all survivals sorted."""
     num_reqs, width = survivals.shape
     flat = np.empty(num_reqs * width, np.float64)
     owner = np.empty(num_reqs * width, np.int64)
@@ -260,7 +263,24 @@ def best_prefix(
     num_nodes = np.zeros(num_reqs, np.int64)
     for place in range(best):
         num_nodes[owner[order[place]]] += 1
-    return num_nodes, best_tokens, best_rate
+    return num_nodes, best, best_tokens, best_rate
+
+
+@compiled("i8[::1](f8[:,:], i8[:], i8)")
+def within(
+    survivals,  # [num_reqs, num_candidates] falling, 0 where there is none
+    limits,  # [num_reqs]
+    wanted,
+):
+    """[num_reqs] nodes that are wanted, allowed and there."""
+    out = np.empty(limits.size, np.int64)
+    for req in range(limits.size):
+        most = min(limits[req], wanted, survivals.shape[1])
+        count = 0
+        while count < most and survivals[req, count] > 0.0:
+            count += 1
+        out[req] = count
+    return out
 
 
 @compiled("void(f8[::1], f8[:,:], f8)")

@@ -157,14 +157,16 @@ class MarginalPolicy(DraftPolicy):
         depth = min(level.depth, MAX_DEPTH)
         chosen = nodes_worth_expanding(
             level.survivals,
-            self._continuation[batch.temperatures[:, None], depth, level.strata],
+            level.strata,
+            batch.temperatures,
+            self._continuation[:, depth],
             price=price,
             node_seconds=node_seconds,
             row_seconds=self.costs.level.slope(1, max(1, rows - 1)),
             level_seconds=self.costs.level.at(1),
             beam=self.beam,
         )
-        count = int(chosen.sum())
+        count = np.count_nonzero(chosen)
         self._num_levels += count > 0
         self._num_rows += count
         return chosen
@@ -197,7 +199,7 @@ class MarginalPolicy(DraftPolicy):
         self._num_reqs = batch.num_reqs
         plain = batch.num_reqs / self.costs.plain_step(batch.num_reqs, batch.context)
         self._speedup += 0.1 * (chosen.rate / plain - self._speedup)
-        nodes = chosen.num_nodes.sum() / max(1, batch.num_reqs)
+        nodes = chosen.total / max(1, batch.num_reqs)
         self._nodes_a_req += 0.1 * (nodes - self._nodes_a_req)
         return chosen.num_nodes
 
@@ -210,8 +212,8 @@ class MarginalPolicy(DraftPolicy):
     def _choose(
         self, survivals: Floats, limits: Ints, other_tokens: int, num_reqs: int, context: float
     ) -> NodeChoice:
-        counts = other_tokens + np.arange(int(limits.sum()) + 1)
-        cost = self._draft_seconds + self.costs.steps(counts, num_reqs, context)
+        most = int(limits.sum())
+        cost = self.costs.cycles(other_tokens, most, num_reqs, context, self._draft_seconds)
         others = max(0, num_reqs - survivals.shape[0])
         self.choice = choose_nodes(survivals, limits, cost, others)
         return self.choice

@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 
+from heterospec_vllm import level_loops
 from heterospec_vllm.policy import (
     Bools,
     NodeChoice,
@@ -146,10 +147,9 @@ class DraftPolicy:
         return self.within(batch, survivals, self.shape.num_nodes)
 
     @staticmethod
-    def within(batch: Batch, survivals: Floats, wanted: Ints | int) -> Ints:
+    def within(batch: Batch, survivals: Floats, wanted: int) -> Ints:
         """[num_drafting] the nodes wanted, as far as the request allows and the draft has them."""
-        present = (survivals > 0).sum(axis=1)
-        return np.minimum(np.minimum(batch.limits, wanted), present)
+        return level_loops.within(survivals, batch.limits, wanted)
 
     def keep(
         self,
@@ -245,5 +245,4 @@ class PaperPolicy(DraftPolicy):
         if self._action is None:
             # No draft came as far as the default depth: the head yields NaN.
             return super().propose(batch, survivals, draft_seconds)
-        wanted = np.minimum(self._action.num_nodes, self._max_nodes)
-        return self.within(batch, survivals, wanted)
+        return np.minimum(self.within(batch, survivals, self._max_nodes), self._action.num_nodes)

@@ -57,6 +57,7 @@ class NodeChoice:
     """How many of each request's nodes are verified and what that is expected to earn."""
 
     num_nodes: Ints  # [num_reqs]
+    total: int  # of them
     expected_tokens: float  # of the whole batch, the requests' own next tokens included
     rate: float  # expected tokens per second
 
@@ -73,15 +74,18 @@ def choose_nodes(
     also bounds the total (the scheduler's token budget). ``other_reqs`` decode plainly in the same batch.
     """
     num_reqs = survivals.shape[0]
-    num_nodes, tokens, rate = level_loops.best_prefix(
-        np.asarray(survivals, dtype=np.float64), limits, cost, float(num_reqs + other_reqs)
+    return NodeChoice(
+        *level_loops.best_prefix(
+            np.asarray(survivals, dtype=np.float64), limits, cost, float(num_reqs + other_reqs)
+        )
     )
-    return NodeChoice(num_nodes, tokens, rate)
 
 
 def nodes_worth_expanding(
     survivals: Floats,  # [num_reqs, num_candidates] of one level, <= 0 where there is none
-    continuation: Floats,  # [num_reqs, num_candidates, top_k] expected S(child) / S(node), by the child's rank
+    strata: Ints,  # [num_reqs, num_candidates]
+    temperatures: Ints,  # [num_reqs]
+    continuation: Floats,  # [num_temperatures, num_strata, top_k] expected S(child) / S(node), by the child's rank
     *,
     price: float,  # tokens per second
     node_seconds: float,  # verifying one more node
@@ -96,6 +100,8 @@ def nodes_worth_expanding(
     """
     return level_loops.worth_expanding(
         np.asarray(survivals, dtype=np.float64),
+        strata,
+        temperatures,
         continuation,
         price,
         node_seconds,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiled loops over rows: of the head's passes, of the step, of the pages. Pure functions of arrays.
 
-``tree_drafter.py``, ``drafter.py``, ``growth.py``, ``true_tokens.py`` and ``runners/step.py`` say what they mean.
+``tree_drafter.py``, ``drafter.py``, ``true_tokens.py``, ``cache.py`` and ``runners/step.py`` say what they mean.
 """
 
 from __future__ import annotations
@@ -12,20 +12,27 @@ from heterospec_vllm.compiled import NO_ROW, compiled
 
 
 @compiled(
-    "Tuple((i8[:,::1], i8[:,::1], i8[::1], i8[::1], i8[::1], i4[::1], i4[:,::1]))"
-    "(b1[:,:], i8[:,:], i8[:,:], i4[:,:], i8)"
+    "Tuple((i8[:,::1], f4[:,::1], f8[:,::1], f4[:,::1], i8[:,::1], i8[:,::1], i8[::1], i8[::1], i8[::1],"
+    " i4[::1], i4[:,::1]))"
+    "(b1[:,:], i8[:,:], i8[:,:], f4[:,:], f8[:,:], f4[:,:], i8[:,:], i8, i4[:,:], i8)"
 )
 def frontier(
     chosen,  # [num_reqs, num_candidates]
     rows,  # [num_reqs, width] the head's rows of the level's parents
-    tokens,  # [num_reqs, num_candidates]
+    tokens,  # [num_reqs, num_candidates], likewise the next four
+    log_probs,
+    survivals,
+    entropies,
+    strata,
+    first_column,  # of the level in the pool
     tail,  # [num_parent_rows, level - 1] rows of each parent's ancestors and of itself
     first_row,  # of the new rows among those of all levels
 ):
     """The chosen candidates packed to the left.
 
-    [num_reqs, new_width] their columns and new rows (NO_ROW padded); [num_new_rows] request, parent's row and token
-    of each; [num_reqs + 1] where each request's rows start; [num_new_rows, level] the parent's tail and the own row.
+    [num_reqs, new_width] the fields of ``Parents`` (survivals 0 where padded) and the new rows (NO_ROW where padded);
+    [num_new_rows] request, parent's row and token of each; [num_reqs + 1] where each request's rows start;
+    [num_new_rows, level] the parent's tail and the own row.
     """
     num_reqs, num_candidates = chosen.shape
     top_k = num_candidates // rows.shape[1]
@@ -39,7 +46,11 @@ def frontier(
         start[req + 1] = start[req] + count
         width = max(width, count)
     num_rows = start[num_reqs]
-    slots = np.full((num_reqs, width), NO_ROW, np.int64)
+    columns = np.full((num_reqs, width), first_column, np.int64)
+    out_log_probs = np.zeros((num_reqs, width), np.float32)
+    out_survivals = np.zeros((num_reqs, width), np.float64)
+    out_entropies = np.zeros((num_reqs, width), np.float32)
+    out_strata = np.zeros((num_reqs, width), np.int64)
     own = np.full((num_reqs, width), NO_ROW, np.int64)
     reqs = np.empty(num_rows, np.int64)
     parents = np.empty(num_rows, np.int64)
@@ -51,7 +62,11 @@ def frontier(
             if chosen[req, at]:
                 row = start[req] + place
                 parent = rows[req, at // top_k]
-                slots[req, place] = at
+                columns[req, place] = first_column + at
+                out_log_probs[req, place] = log_probs[req, at]
+                out_survivals[req, place] = survivals[req, at]
+                out_entropies[req, place] = entropies[req, at]
+                out_strata[req, place] = strata[req, at]
                 own[req, place] = row
                 reqs[row] = req
                 parents[row] = parent
@@ -60,38 +75,19 @@ def frontier(
                     new_tail[row, i] = tail[parent, i]
                 new_tail[row, above] = first_row + row
                 place += 1
-    return slots, own, reqs, parents, node_tokens, start, new_tail
-
-
-@compiled(
-    "Tuple((i8[:,::1], f4[:,::1], f8[:,::1], f4[:,::1], i8[:,::1]))"
-    "(i8[:,:], i8, f4[:,:], f8[:,:], f4[:,:], i8[:,:])"
-)
-def parents_of(
-    slots,  # [num_reqs, width] columns within the level, NO_ROW padded
-    first_column,  # of the level in the pool
-    log_probs,  # [num_reqs, num_candidates], likewise the others
-    survivals,
-    entropies,
-    strata,
-):
-    """[num_reqs, width] each: columns, log_probs, survivals (0 where padded), entropies, strata."""
-    num_reqs, width = slots.shape
-    columns = np.empty((num_reqs, width), np.int64)
-    out_log_probs = np.empty((num_reqs, width), np.float32)
-    out_survivals = np.zeros((num_reqs, width), np.float64)
-    out_entropies = np.empty((num_reqs, width), np.float32)
-    out_strata = np.empty((num_reqs, width), np.int64)
-    for req in range(num_reqs):
-        for place in range(width):
-            at = max(slots[req, place], 0)
-            columns[req, place] = first_column + at
-            out_log_probs[req, place] = log_probs[req, at]
-            out_entropies[req, place] = entropies[req, at]
-            out_strata[req, place] = strata[req, at]
-            if slots[req, place] >= 0:
-                out_survivals[req, place] = survivals[req, at]
-    return columns, out_log_probs, out_survivals, out_entropies, out_strata
+    return (
+        columns,
+        out_log_probs,
+        out_survivals,
+        out_entropies,
+        out_strata,
+        own,
+        reqs,
+        parents,
+        node_tokens,
+        start,
+        new_tail,
+    )
 
 
 @compiled("i8[::1](i8[:], i8[:], i8, i8)")
@@ -189,6 +185,25 @@ def true_rows(
             slots[row] = block * block_size + offsets[row] % block_size
             following[row] = next_token_ids[req] if row == last else token_ids[row + 1]
     return start, context_lens, before, slots, following, seq_lens
+
+
+@compiled("Tuple((i8[::1], i8[::1]))(i8[:,:], i8[:])")
+def moves(
+    rows,  # [num_reqs, max_emitted] visited rows of each tree, NO_ROW beyond
+    root_rows,  # [num_reqs]
+):
+    """[num_moves] each: rows of the step that are not where their depth belongs, and where that is."""
+    num_reqs, width = rows.shape
+    sources = np.empty(rows.size, np.int64)
+    targets = np.empty(rows.size, np.int64)
+    count = 0
+    for req in range(num_reqs):
+        for depth in range(width):
+            if rows[req, depth] > depth:
+                sources[count] = root_rows[req] + rows[req, depth]
+                targets[count] = root_rows[req] + depth
+                count += 1
+    return sources[:count], targets[:count]
 
 
 @compiled("Tuple((i8[::1], i8[::1]))(i8[:], i8[:], i8[:,:], i8[:])")

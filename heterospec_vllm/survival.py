@@ -84,7 +84,7 @@ class SurvivalTables:
         if not accepted.size:
             return
         level_loops.count_outcomes(
-            self._hits, self._trials, KNOTS, *_flat(nodes), accepted.astype(np.float64)
+            self._hits, self._trials, KNOTS, *_flat(nodes), accepted.astype(np.float64, copy=False)
         )
         self._pending += accepted.size
         if self._pending >= self.refresh_every:
@@ -159,10 +159,10 @@ def log_loss(probability: Floats, accepted: Floats) -> float:
 def _flat(nodes: NodeFeatures) -> tuple[Floats, Ints, Ints, Ints]:
     """The fields as :mod:`level_loops` takes them."""
     return (
-        np.ravel(nodes.log_probs).astype(np.float64),
-        np.ravel(nodes.depths).astype(np.int64),
-        np.ravel(nodes.strata).astype(np.int64),
-        np.ravel(nodes.temperatures).astype(np.int64),
+        np.ravel(nodes.log_probs).astype(np.float64, copy=False),
+        np.ravel(nodes.depths).astype(np.int64, copy=False),
+        np.ravel(nodes.strata).astype(np.int64, copy=False),
+        np.ravel(nodes.temperatures).astype(np.int64, copy=False),
     )
 
 

@@ -13,7 +13,7 @@ Row ``r`` (``r >= 1``) is draft node ``r - 1`` of the flat list that vLLM schedu
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -33,6 +33,7 @@ class Ranked:
 
     columns: Ints  # [num_reqs, width]
     survivals: Floats  # [num_reqs, width] float64, 0 where absent
+    num_present: int  # candidates of the whole pool, ranked here or not
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,17 @@ class CandidatePool:
     @classmethod
     def concatenate(cls, levels: list[CandidatePool]) -> CandidatePool:
         """The levels of one draft side by side."""
-        return cls(
-            *(np.concatenate([getattr(p, f.name) for p in levels], axis=1) for f in fields(cls))
-        )
+        joined, *others = levels
+        for level in others:
+            joined = cls(*tree_loops.side_by_side(*joined._fields, *level._fields))
+        return joined
+
+    @property
+    def _fields(self) -> tuple:
+        return (
+            self.tokens, self.log_probs, self.survivals, self.strata, self.entropies,
+            self.parents, self.ranks,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

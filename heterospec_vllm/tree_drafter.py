@@ -43,6 +43,7 @@ class Draft:
     """What one draft produced: the candidates, the trees cut out of them, and how far it went."""
 
     pool: CandidatePool
+    num_candidates: int  # in the pool
     trees: DraftTrees
     num_levels: int  # beyond the first
     seconds: float
@@ -52,7 +53,7 @@ class Draft:
 class Frontier:
     """The nodes of one level that are expanded next, and the head's rows that stand for them, request by request."""
 
-    slots: Ints  # [num_reqs, width] their candidate column in the level, NO_ROW padded
+    parents: Parents  # [num_reqs, width] the nodes as their children need them
     rows: Ints  # [num_reqs, width] their row in the head's batch, NO_ROW padded
     reqs: Ints  # [num_rows] request of each row
     tokens: torch.Tensor  # [num_rows]
@@ -190,14 +191,14 @@ class TreeDrafter:
         with CLOCK.span("draft: levels"):
             levels = self._expand(policy, batch, context)
         with CLOCK.span("draft: cut the tree"):
-            pool = CandidatePool.concatenate(levels) if len(levels) > 1 else levels[0]
+            pool = CandidatePool.concatenate(levels)
             ranked = pool.ranked(self.num_speculative_tokens)
             seconds = time.perf_counter() - start
         with CLOCK.span("policy"):
             num_nodes = policy.propose(batch, ranked.survivals, seconds)
         with CLOCK.span("draft: cut the tree"):
             trees = DraftTrees.from_pool(pool, num_nodes, ranked)
-        return Draft(pool, trees, len(levels) - 1, seconds)
+        return Draft(pool, ranked.num_present, trees, len(levels) - 1, seconds)
 
     def _first_pass(self, tokens: TrueTokens) -> HeadContext:
         start = time.perf_counter()
@@ -301,7 +302,9 @@ class TreeDrafter:
             with CLOCK.span("policy"):
                 level = level_of(policy, depth, level_pool, parent, meta_entropies)
                 chosen = policy.expand(batch, level)
-            frontier = self._frontier(chosen, level_pool, rows, hidden, tail, first_row, most)
+            frontier = self._frontier(
+                chosen, level_pool, pool_size, rows, hidden, tail, first_row, most
+            )
             if not frontier.num_rows:
                 break
             if not first_row:
@@ -309,8 +312,7 @@ class TreeDrafter:
             normed, hidden = self._forward_level(depth, first_row, frontier, context)
             tail = frontier.tail
             first_row += frontier.num_rows
-            parent = Parents.of(frontier.slots, level_pool, pool_size)
-            rows = frontier.rows
+            parent, rows = frontier.parents, frontier.rows
             pool_size += level_pool.tokens.shape[1]
         return pools
 
@@ -318,6 +320,7 @@ class TreeDrafter:
         self,
         chosen: Bools,  # [num_reqs, num_candidates]
         level_pool: CandidatePool,
+        first_column: int,  # of the level in the pool
         rows: Ints,  # [num_reqs, width] head rows of the level's parents
         hidden: torch.Tensor,  # [num_parent_rows, hidden_size]
         tail: Ints32,  # [num_parent_rows, level - 1]
@@ -327,16 +330,25 @@ class TreeDrafter:
         """The chosen candidates packed to the left, with what the head needs of their parents."""
         if chosen.shape[1] > most and chosen.sum(axis=1).max() > most:
             chosen = chosen & in_beam(np.where(chosen, level_pool.log_probs, -np.inf), most)
-        slots, own_rows, reqs, parents, tokens, start, new_tail = row_loops.frontier(
-            chosen, rows, level_pool.tokens, tail, first_row
+        *of_parents, own_rows, reqs, above, tokens, start, new_tail = row_loops.frontier(
+            chosen,
+            rows,
+            level_pool.tokens,
+            level_pool.log_probs,
+            level_pool.survivals,
+            level_pool.entropies,
+            level_pool.strata,
+            first_column,
+            tail,
+            first_row,
         )
         return Frontier(
-            slots=slots,
+            parents=Parents(*of_parents),
             rows=own_rows,
             reqs=reqs,
             tokens=torch.from_numpy(tokens),
             query_start_loc=torch.from_numpy(start),
-            hidden=hidden[torch.from_numpy(parents)],
+            hidden=hidden[torch.from_numpy(above)],
             tail=new_tail,
         )
 

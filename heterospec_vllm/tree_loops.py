@@ -30,24 +30,87 @@ def _empty_trees(num_reqs, width):
     )
 
 
-@compiled("Tuple((i8[:,::1], f8[:,::1]))(f8[:,:], i8)")
+_POOL = "i8[:,{0}], f4[:,{0}], f8[:,{0}], i8[:,{0}], f4[:,{0}], i8[:,{0}], i8[:,{0}]"
+_ANY_POOL = _POOL.format(":")
+
+
+@compiled(f"Tuple(({_POOL.format('::1')}))({_ANY_POOL}, {_ANY_POOL})")
+def side_by_side(
+    tokens,  # the fields of CandidatePool
+    log_probs,
+    survivals,
+    strata,
+    entropies,
+    parents,
+    ranks,
+    more_tokens,  # those of another one over the same requests
+    more_log_probs,
+    more_survivals,
+    more_strata,
+    more_entropies,
+    more_parents,
+    more_ranks,
+):
+    """The columns of both."""
+    num_reqs, left = tokens.shape
+    width = left + more_tokens.shape[1]
+    out_tokens = np.empty((num_reqs, width), np.int64)
+    out_log_probs = np.empty((num_reqs, width), np.float32)
+    out_survivals = np.empty((num_reqs, width), np.float64)
+    out_strata = np.empty((num_reqs, width), np.int64)
+    out_entropies = np.empty((num_reqs, width), np.float32)
+    out_parents = np.empty((num_reqs, width), np.int64)
+    out_ranks = np.empty((num_reqs, width), np.int64)
+    for req in range(num_reqs):
+        for at in range(left):
+            out_tokens[req, at] = tokens[req, at]
+            out_log_probs[req, at] = log_probs[req, at]
+            out_survivals[req, at] = survivals[req, at]
+            out_strata[req, at] = strata[req, at]
+            out_entropies[req, at] = entropies[req, at]
+            out_parents[req, at] = parents[req, at]
+            out_ranks[req, at] = ranks[req, at]
+        for at in range(width - left):
+            out_tokens[req, left + at] = more_tokens[req, at]
+            out_log_probs[req, left + at] = more_log_probs[req, at]
+            out_survivals[req, left + at] = more_survivals[req, at]
+            out_strata[req, left + at] = more_strata[req, at]
+            out_entropies[req, left + at] = more_entropies[req, at]
+            out_parents[req, left + at] = more_parents[req, at]
+            out_ranks[req, left + at] = more_ranks[req, at]
+    return (
+        out_tokens,
+        out_log_probs,
+        out_survivals,
+        out_strata,
+        out_entropies,
+        out_parents,
+        out_ranks,
+    )
+
+
+@compiled("Tuple((i8[:,::1], f8[:,::1], i8))(f8[:,:], i8)")
 def ranked(
     survivals,  # [num_reqs, pool_size]; NaN (a poisoned head) sorts last, never first
     width,  # at most pool_size
 ):
-    """[num_reqs, width] each: the best columns, of equals the first ones first, and their survivals."""
+    """[num_reqs, width] each: the best columns, of equals the first ones first, and their survivals; all present."""
     num_reqs, pool_size = survivals.shape
     columns = np.empty((num_reqs, width), np.int64)
     best = np.empty((num_reqs, width), np.float64)
     key = np.empty(pool_size, np.float64)
+    present = 0
     for req in range(num_reqs):
         for at in range(pool_size):
-            key[at] = -survivals[req, at] if survivals[req, at] > 0.0 else 0.0
+            key[at] = 0.0
+            if survivals[req, at] > 0.0:
+                key[at] = -survivals[req, at]
+                present += 1
         order = np.argsort(key, kind="mergesort")
         for place in range(width):
             columns[req, place] = order[place]
             best[req, place] = -key[order[place]]
-    return columns, best
+    return columns, best, present
 
 
 @compiled(_TREES + "(i8[:,:], f4[:,:], f8[:,:], i8[:,:], i8[:,:], i8[:,:], i8[:,:], i8[:], i8)")

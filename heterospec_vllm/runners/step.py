@@ -27,6 +27,7 @@ class Step:
     num_tree_reqs: int = 0  # leading requests that attend as trees
     root_rows: Ints | None = None  # [num_reqs] token row of each root
     walked: Walk | None = None
+    temperatures: Ints | None = None  # [num_reqs] 0 for greedy requests, 1 for sampled ones
 
     def attending(self) -> DraftTrees:
         """The trees of the leading requests that attend as trees."""

@@ -183,8 +183,11 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
         return output
 
     def _temperatures(self) -> Ints:
-        """[num_reqs] 0 for greedy requests, 1 for sampled ones."""
-        return (self.input_batch.temperature_cpu[: self.input_batch.num_reqs] > 0).astype(np.int64)
+        """[num_reqs] 0 for greedy requests, 1 for sampled ones; in the order of the step's batch."""
+        step, batch = self._step, self.input_batch
+        if step.temperatures is None:
+            step.temperatures = (batch.temperature_cpu[: batch.num_reqs] > 0).astype(np.int64)
+        return step.temperatures
 
     def _without_discarded_generators(self):
         """Rows of unfinished prefills are sampled and thrown away: their seeds must not be drawn."""

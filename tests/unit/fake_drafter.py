@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from heterospec_vllm import row_loops
 from heterospec_vllm.cost import ROW_KNOTS, TOKEN_KNOTS, CostTable, StepCosts
 from heterospec_vllm.growth import Parents, children_of, level_of
 from heterospec_vllm.policies import Batch, DraftPolicy
-from heterospec_vllm.tree import NO_ROW, CandidatePool, DraftTrees
+from heterospec_vllm.tree import CandidatePool, DraftTrees
 
 # (request, depth of the children) -> [top_k] probabilities of a node's children, falling
 Head = Callable[[int, int], np.ndarray]
@@ -55,18 +56,26 @@ def draft(policy: DraftPolicy, batch: Batch, head: Head, seconds: float = 0.0) -
             break
         chosen = policy.expand(batch, level_of(policy, depth, pool, parent, meta))
         expanded.append(chosen)
-        width = int(chosen.sum(axis=1).max())
-        if not width:
+        if not chosen.any():
             break
-        slots = np.argsort(~chosen, axis=1, kind="stable")[:, :width]
-        real = np.take_along_axis(chosen, slots, axis=1)
-        rows = np.where(real, np.cumsum(real.ravel()).reshape(real.shape) - 1, NO_ROW)
-        parent = Parents.of(np.where(real, slots, NO_ROW), pool, size)
+        parent, rows = packed(chosen, rows, pool, size)
         size += pool.tokens.shape[1]
     pool = CandidatePool.concatenate(pools)
     ranked = pool.ranked(63)
     num_nodes = policy.propose(batch, ranked.survivals, seconds)
     return Drafted(pool, DraftTrees.from_pool(pool, num_nodes, ranked), expanded)
+
+
+def packed(
+    chosen: np.ndarray, rows: np.ndarray, pool: CandidatePool, first_column: int
+) -> tuple[Parents, np.ndarray]:
+    """The chosen candidates of a level as parents of the next one, and their rows in the head's batch."""
+    no_tail = np.zeros((rows.max() + 1, 0), dtype=np.int32)
+    columns = pool.tokens, pool.log_probs, pool.survivals, pool.entropies, pool.strata
+    *of_parents, own, _, _, _, _, _ = row_loops.frontier(
+        chosen, rows, *columns, first_column, no_tail, 0
+    )
+    return Parents(*of_parents), own
 
 
 def depths_of(drafted: Drafted) -> list[int]:

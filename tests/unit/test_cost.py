@@ -190,6 +190,9 @@ def test_a_step_costs_its_tokens_requests_and_context() -> None:
     costs = step_costs()
     # 10 rows on 3 requests of 1000 tokens of context together: each row sees its own request's
     assert costs.step(10, 3, 1000.0) == pytest.approx(0.03 + 0.0015 + 0.001 * 10 / 3)
+    np.testing.assert_allclose(
+        costs.cycles(3, 9, 3, 1000.0, 0.004), 0.004 + costs.steps(np.arange(3, 13), 3, 1000.0)
+    )
     found = costs.steps(np.array([3, 10]), 3, 1000.0)
     plain = costs.verify.at(3) + 0.0015 + 0.001
     np.testing.assert_allclose(found, [plain, 0.0315 + 0.001 * 10 / 3])

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fake_drafter import packed
 from pydantic import ValidationError
 from rich.console import Console
 
@@ -135,9 +136,8 @@ def _drafted(nodes: int, log_probs_of: Callable[[int], Any]) -> int:
         chosen = policy.expand(batch, level_of(policy, depth, level, parents, np.zeros(1)))
         first_column = sum(one.tokens.shape[1] for one in levels)
         levels.append(level)
-        slots = np.flatnonzero(chosen[0])[None]
-        width = slots.size
-        parents, head_rows = Parents.of(slots, level, first_column), np.arange(width)[None]
+        parents, head_rows = packed(chosen, head_rows, level, first_column)
+        width = head_rows.shape[1]
     survivals = CandidatePool.concatenate(levels).survivals
     return int(policy.propose(batch, -np.sort(-survivals, axis=1), 0.0)[0])
 

@@ -107,18 +107,25 @@ def test_frontier(seed: int, num_reqs: int, width: int, top_k: int) -> None:
     chosen = rng.random((num_reqs, width * top_k)) < 0.4
     rows = rng.integers(0, 50, (num_reqs, width))
     tokens = rng.integers(0, 99, chosen.shape)
+    log_probs, entropies = (rng.random(chosen.shape, np.float32) for _ in range(2))
+    survivals, strata = rng.random(chosen.shape), rng.integers(0, 8, chosen.shape)
     tail = rng.integers(0, 99, (50, 2)).astype(np.int32)
-    slots, own, reqs, parents, node_tokens, start, new_tail = row_loops.frontier(
-        chosen, rows, tokens, tail, 7
+    columns, *of_parents, own, reqs, parents, node_tokens, start, new_tail = row_loops.frontier(
+        chosen, rows, tokens, log_probs, survivals, entropies, strata, 11, tail, 7
     )
     at = np.argwhere(chosen)
+    real = own != NO_ROW
+    for values, of in zip(of_parents, (log_probs, survivals, entropies, strata), strict=True):
+        assert values.shape == own.shape and values.dtype == of.dtype
+        np.testing.assert_array_equal(values[real], of[chosen])
+    assert (of_parents[1][~real] == 0).all(), "padding survives nothing"
+    np.testing.assert_array_equal(columns[real], 11 + at[:, 1])
     np.testing.assert_array_equal(reqs, at[:, 0])
     np.testing.assert_array_equal(parents, rows[at[:, 0], at[:, 1] // top_k])
     np.testing.assert_array_equal(node_tokens, tokens[chosen])
     np.testing.assert_array_equal(np.diff(start), chosen.sum(axis=1))
-    assert slots.shape[1] == chosen.sum(axis=1).max()
-    np.testing.assert_array_equal(slots[slots != NO_ROW], at[:, 1])
-    np.testing.assert_array_equal(own[slots != NO_ROW], np.arange(len(at)))
+    assert own.shape[1] == chosen.sum(axis=1).max()
+    np.testing.assert_array_equal(own[real], np.arange(len(at)))
     np.testing.assert_array_equal(new_tail[:, :2], tail[parents])
     np.testing.assert_array_equal(new_tail[:, 2], 7 + np.arange(len(at)))
 
@@ -152,20 +159,15 @@ def test_true_rows(seed: int, counts: list[int], block_size: int) -> None:
 
 
 @few
-@given(seeds, st.integers(1, 5), st.integers(1, 4))
-def test_parents_of(seed: int, num_reqs: int, width: int) -> None:
+@given(seeds, st.integers(1, 4), st.integers(0, 6), st.integers(0, 9))
+def test_within(seed: int, num_reqs: int, width: int, wanted: int) -> None:
     rng = np.random.default_rng(seed)
-    slots = rng.integers(-1, 6, (num_reqs, width))
-    shape = (num_reqs, 6)
-    log_probs, entropies = rng.random(shape, np.float32), rng.random(shape, np.float32)
-    survivals, strata = rng.random(shape), rng.integers(0, 8, shape)
-    got = row_loops.parents_of(slots, 11, log_probs, survivals, entropies, strata)
-    real = slots != NO_ROW
-    reqs = np.nonzero(real)[0]
-    for values, of in zip(got[1:], (log_probs, survivals, entropies, strata), strict=True):
-        np.testing.assert_array_equal(values[real], of[reqs, slots[real]])
-    np.testing.assert_array_equal(got[0][real], 11 + slots[real])
-    assert (got[2][~real] == 0).all()
+    present = rng.integers(0, width + 1, num_reqs)
+    survivals = -np.sort(-rng.random((num_reqs, width)), axis=1)
+    survivals[np.arange(width) >= present[:, None]] = 0.0
+    limits = rng.integers(0, 9, num_reqs)
+    want = np.minimum(np.minimum(limits, wanted), present)
+    np.testing.assert_array_equal(level_loops.within(survivals, limits, wanted), want)
 
 
 @few
@@ -320,7 +322,8 @@ def test_ranked(seed: int, num_reqs: int, pool_size: int, width: int) -> None:
     choices = np.array([np.nan, -0.5, 0.0, 0.2, 0.5, 0.9])
     survivals = rng.choice(choices, (num_reqs, pool_size))
     width = min(width, pool_size)
-    columns, best = tree_loops.ranked(survivals, width)
+    columns, best, present = tree_loops.ranked(survivals, width)
+    assert present == (survivals > 0).sum()
     key = -np.fmax(survivals, 0.0)
     want = np.argsort(key, axis=1, kind="stable")[:, :width]
     np.testing.assert_array_equal(columns, want)

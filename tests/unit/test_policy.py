@@ -3,6 +3,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -91,6 +92,13 @@ def test_other_requests_make_a_longer_step_dearer() -> None:
 # ---- levels
 
 
+def expanded_of(survivals: np.ndarray, continuation: np.ndarray, **costs: Any) -> np.ndarray:
+    """``continuation``: [num_reqs, num_candidates, top_k], as if every node had its own temperature and stratum."""
+    num_reqs, width, _ = continuation.shape
+    strata = np.tile(np.arange(width), (num_reqs, 1))
+    return nodes_worth_expanding(survivals, strata, np.arange(num_reqs), continuation, **costs)
+
+
 @st.composite
 def levels(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, dict]:
     num_reqs, width, top_k = (draw(st.integers(1, 3)), draw(st.integers(1, 5)), 3)
@@ -110,7 +118,7 @@ def levels(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, dict]:
 @given(levels(), st.floats(0.01, 3.0))
 def test_a_level_earns_the_most_of_all_within_the_beam(level, price: float) -> None:
     survivals, continuation, costs = level
-    chosen = nodes_worth_expanding(survivals, continuation, price=price, **costs)
+    chosen = expanded_of(survivals, continuation, price=price, **costs)
 
     def gain(req: int, node: int) -> float:
         children = survivals[req, node] * continuation[req, node] - price * costs["node_seconds"]
@@ -133,8 +141,8 @@ def test_a_level_earns_the_most_of_all_within_the_beam(level, price: float) -> N
 @given(levels(), st.floats(0.01, 3.0), st.floats(1.0, 5.0))
 def test_a_higher_price_expands_no_more_nodes(level, price: float, dearer: float) -> None:
     survivals, continuation, costs = level
-    cheap = nodes_worth_expanding(survivals, continuation, price=price, **costs)
-    dear = nodes_worth_expanding(survivals, continuation, price=price * dearer, **costs)
+    cheap = expanded_of(survivals, continuation, price=price, **costs)
+    dear = expanded_of(survivals, continuation, price=price * dearer, **costs)
     assert (dear.sum(axis=1) <= cheap.sum(axis=1)).all()
 
 
@@ -142,7 +150,7 @@ def test_the_beam_keeps_what_earns_most_not_what_survives_most() -> None:
     """Ranked by survival the sure node without likely children would take the place and the level would not pay."""
     survivals, continuation = np.array([[0.9, 0.5]]), np.array([[[0.2], [1.0]]])
     for price in (1.0, 2.0):
-        chosen = nodes_worth_expanding(
+        chosen = expanded_of(
             survivals, continuation, price=price, node_seconds=0.15, row_seconds=0.0,
             level_seconds=0.05, beam=1,
         )  # fmt: skip
@@ -151,7 +159,7 @@ def test_the_beam_keeps_what_earns_most_not_what_survives_most() -> None:
 
 def test_requests_share_the_start_of_a_level() -> None:
     def expanded(num_reqs: int) -> int:
-        chosen = nodes_worth_expanding(
+        chosen = expanded_of(
             np.full((num_reqs, 1), 0.5), np.full((num_reqs, 1, 1), 0.6), price=1.0,
             node_seconds=0.1, row_seconds=0.1, level_seconds=0.25, beam=1,
         )  # fmt: skip
@@ -161,7 +169,7 @@ def test_requests_share_the_start_of_a_level() -> None:
 
 
 def test_nothing_survives_nothing_is_expanded() -> None:
-    chosen = nodes_worth_expanding(
+    chosen = expanded_of(
         np.zeros((2, 3)), np.ones((2, 3, 2)), price=1.0, node_seconds=0.0, row_seconds=0.0,
         level_seconds=0.0, beam=3,
     )  # fmt: skip

@@ -16,6 +16,15 @@ from heterospec_vllm.verify import walk
 
 few = settings(max_examples=60, deadline=None)
 VOCAB = 12
+TYPES = {
+    "tokens": np.int64,
+    "log_probs": np.float32,
+    "survivals": np.float64,
+    "strata": np.int64,
+    "entropies": np.float32,
+    "parents": np.int64,
+    "ranks": np.int64,
+}
 
 
 @st.composite
@@ -29,9 +38,8 @@ def pools(draw: st.DrawFn) -> CandidatePool:
     columns = {
         name: np.array([[node[name] for node in row] for row in rows]) for name in rows[0][0]
     }
-    for name in ("log_probs", "survivals", "entropies"):
-        columns[name] = columns[name].astype(np.float32)
-    return CandidatePool(**columns)
+    columns["survivals"] = columns["survivals"].astype(np.float32)  # as trees keep them
+    return CandidatePool(**{name: columns[name].astype(dtype) for name, dtype in TYPES.items()})
 
 
 def _expand(
@@ -300,15 +308,17 @@ def test_an_empty_batch_of_drafts() -> None:
 
 def test_levels_join_side_by_side() -> None:
     def level(first: int) -> CandidatePool:
-        names = [field.name for field in dataclasses.fields(CandidatePool)]
         columns = {
-            name: 100 * i + np.arange(first, first + 2)[None] for i, name in enumerate(names)
+            name: (100 * i + np.arange(first, first + 4).reshape(2, 2)).astype(dtype)
+            for i, (name, dtype) in enumerate(TYPES.items())
         }
         return CandidatePool(**columns)
 
-    joined = CandidatePool.concatenate([level(0), level(2)])
-    assert joined.tokens.tolist() == [[0, 1, 2, 3]]
-    assert joined.ranks.tolist() == [[600, 601, 602, 603]]
+    names = [field.name for field in dataclasses.fields(CandidatePool)]
+    joined = CandidatePool.concatenate([level(0), level(4), level(8)])
+    for i, name in enumerate(names):
+        expected = 100 * i + np.array([[0, 1, 4, 5, 8, 9], [2, 3, 6, 7, 10, 11]])
+        np.testing.assert_array_equal(getattr(joined, name), expected)
 
 
 def test_nan_survivals_never_win() -> None:
