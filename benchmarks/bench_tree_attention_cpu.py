@@ -4,7 +4,7 @@
     python benchmarks/bench_tree_attention_cpu.py [--json results.json] [--quick]
 
 Chain-shaped trees, so that both ops compute the same thing (checked). Rounds of the two ops
-alternate; a figure is the median over rounds (``heterospec_vllm/bench/attention_op.py``).
+alternate; a figure is the median over rounds (``heterospec_vllm.attention.op_timing.py``).
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from heterospec_vllm.bench.attention_op import Case, Heads, measure
+from heterospec_vllm.attention.op_timing import Case, Heads, measure
 from heterospec_vllm.kernels import tree_attention_cpu as kernel
 
 TARGET_RATIO = 1.10

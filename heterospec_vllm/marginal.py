@@ -166,7 +166,7 @@ class MarginalPolicy(DraftPolicy):
             level_seconds=self.costs.level.at(1),
             beam=self.beam,
         )
-        count = np.count_nonzero(chosen)
+        count = int(np.count_nonzero(chosen))
         self._num_levels += count > 0
         self._num_rows += count
         return chosen

@@ -122,8 +122,7 @@ class DraftTrees:
 
     @classmethod
     def empty(cls, num_reqs: int) -> DraftTrees:
-        none = np.zeros((num_reqs, 0), dtype=np.int64)
-        return cls.from_parents(none, none, none, np.zeros(num_reqs, dtype=np.int64))
+        return cls(*tree_loops.empty(num_reqs, 0))
 
     @classmethod
     def from_pool(

@@ -16,7 +16,7 @@ _TREES = (
 
 
 @compiled(_TREES + "(i8, i8)")
-def _empty_trees(num_reqs, width):
+def empty(num_reqs, width):
     """The fields of ``DraftTrees`` without a node."""
     return (
         np.full((num_reqs, width), NO_ROW, np.int64),
@@ -127,7 +127,7 @@ def cut(
 ):
     """The fields of ``DraftTrees`` cut out of a pool; nodes without a survival end a tree."""
     num_reqs, pool_size = tokens.shape
-    trees = _empty_trees(num_reqs, width)
+    trees = empty(num_reqs, width)
     out_tokens, out_parents, out_depths, out_ranks, out_num_nodes = trees[:5]
     out_log_probs, out_survivals, out_strata = trees[5:]
     row_of = np.empty(pool_size, np.int64)
@@ -174,7 +174,7 @@ def take(
     width = 0
     for i in range(count):
         width = max(width, num_nodes[i])
-    trees = _empty_trees(count, width)
+    trees = empty(count, width)
     out_tokens, out_parents, out_depths, out_ranks, out_num_nodes = trees[:5]
     out_log_probs, out_survivals, out_strata = trees[5:]
     for i in range(count):
@@ -195,7 +195,7 @@ def take(
 def lay_out(tokens, parents, depths, ranks, num_nodes, log_probs, survivals, strata):
     """The same trees with the meta-path in the rows that follow the root, the rest in the order it was."""
     num_reqs, width = tokens.shape
-    trees = _empty_trees(num_reqs, width)
+    trees = empty(num_reqs, width)
     out_tokens, out_parents, out_depths, out_ranks, out_num_nodes = trees[:5]
     out_log_probs, out_survivals, out_strata = trees[5:]
     new_row = np.zeros(width + 1, np.int64)

@@ -2,8 +2,9 @@
 """Tree attention for vLLM's CPU backend: the same KV pages, the same layers, one more kind of row.
 
 vLLM ignores every backend name but CPU_ATTN on CPU, so these classes stand in for its CPU_ATTN (registered by our
-worker only). A step without trees runs vLLM's own code untouched; in a step with trees the runner puts the tree
-requests first, our op takes their rows and vLLM's op the rest.
+worker only). Our op attends by a mask, and text is a tree without branches: where it is the faster one
+(``op_choice.py``), it takes rows of text, too. The runner puts the requests that it takes first, vLLM's op takes the
+rest.
 """
 
 from __future__ import annotations
@@ -25,15 +26,23 @@ from heterospec_vllm.kernels.draft_attention_cpu import draft_attention_cpu
 from heterospec_vllm.kernels.tree_attention_cpu import is_available, tree_attention_cpu
 from heterospec_vllm.timing import CLOCK
 
+# Rows of a piece of text: few, so that there is something to do for every thread; the mask has room for 64.
+PIECE_ROWS = 32
+
 
 @dataclass
-class TreeRows:
-    """The target's rows of requests that carry trees, which come first in the batch."""
+class MaskedRows:
+    """The target's rows that our op takes, those of the first requests of the batch.
 
-    query_start_loc: torch.Tensor  # [num_tree_reqs + 1] int32
-    seq_lens: torch.Tensor  # [num_tree_reqs] int32, context + rows of this step
-    block_table: torch.Tensor  # [num_tree_reqs, max_blocks] int32
-    ancestor_mask: torch.Tensor  # [num_tree_tokens] int64, bit j: sees row j of its own request
+    A tree is one piece, a longer text several, each with the pieces before it as its context: their keys are stored
+    before any layer attends.
+    """
+
+    num_reqs: int
+    query_start_loc: torch.Tensor  # [num_pieces + 1] int32
+    seq_lens: torch.Tensor  # [num_pieces] int32, context + rows of the piece
+    block_table: torch.Tensor  # [num_pieces, max_blocks] int32
+    ancestor_mask: torch.Tensor  # [num_tokens] int64, bit j: sees row j of its own piece
 
     @property
     def num_tokens(self) -> int:
@@ -41,10 +50,10 @@ class TreeRows:
 
 
 @dataclass
-class TreeAttentionMetadata:
-    """Attention metadata of a step in which some requests carry trees."""
+class MaskedAttentionMetadata:
+    """Attention metadata of a step of which our op takes some rows."""
 
-    trees: TreeRows
+    masked: MaskedRows
     rest: CPUAttentionMetadata | None  # the other requests, None where there are none
 
 
@@ -74,7 +83,7 @@ class HeteroSpecCPUAttentionBackend(CPUAttentionBackend):
 
 
 class HeteroSpecCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
-    """vLLM's builder, with the ``vec`` KV layout only and a place for the step's trees."""
+    """vLLM's builder, with the ``vec`` KV layout only and a place for the rows that our op takes."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -83,21 +92,21 @@ class HeteroSpecCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
             # AMX tiles K and V; vec's plain layout is the one that our op reads.
             self.isa = "vec"
             self._set_isa_to_layers(self.layer_names)
-        self.step_trees: TreeRows | None = None
+        self.masked_rows: MaskedRows | None = None
 
     def build(
         self,
         common_prefix_len: int,
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
-    ) -> CPUAttentionMetadata | TreeAttentionMetadata:
-        trees = self.step_trees
-        if trees is None:
+    ) -> CPUAttentionMetadata | MaskedAttentionMetadata:
+        masked = self.masked_rows
+        if masked is None:
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
-        rest = requests_from(common_attn_metadata, trees.seq_lens.shape[0], trees.num_tokens)
+        rest = requests_from(common_attn_metadata, masked.num_reqs, masked.num_tokens)
         if rest is None:
-            return TreeAttentionMetadata(trees, None)
-        return TreeAttentionMetadata(trees, super().build(common_prefix_len, rest, fast_build))
+            return MaskedAttentionMetadata(masked, None)
+        return MaskedAttentionMetadata(masked, super().build(common_prefix_len, rest, fast_build))
 
 
 class HeteroSpecCPUAttentionImpl(CPUAttentionBackendImpl):
@@ -121,14 +130,14 @@ class HeteroSpecCPUAttentionImpl(CPUAttentionBackendImpl):
         key: torch.Tensor,  # [num_tokens, num_kv_heads, head_size]
         value: torch.Tensor,  # [num_tokens, num_kv_heads, head_size]
         kv_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, 2 * head_size]
-        attn_metadata: CPUAttentionMetadata | TreeAttentionMetadata | DraftLevelMetadata | None,
+        attn_metadata: CPUAttentionMetadata | MaskedAttentionMetadata | DraftLevelMetadata | None,
         output: torch.Tensor,  # [num_tokens, num_heads, head_size]
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if isinstance(attn_metadata, TreeAttentionMetadata):
+        if isinstance(attn_metadata, MaskedAttentionMetadata):
             with CLOCK.span("tree attention"):
-                return self._forward_trees(
+                return self._forward_masked(
                     layer, query, key, value, kv_cache, attn_metadata, output
                 )
         if isinstance(attn_metadata, DraftLevelMetadata):
@@ -147,10 +156,10 @@ class HeteroSpecCPUAttentionImpl(CPUAttentionBackendImpl):
             output_block_scale,
         )
 
-    def _forward_trees(
-        self, layer, query, key, value, kv_cache, metadata: TreeAttentionMetadata, output
+    def _forward_masked(
+        self, layer, query, key, value, kv_cache, metadata: MaskedAttentionMetadata, output
     ) -> torch.Tensor:
-        rows = metadata.trees
+        rows = metadata.masked
         num_tokens = rows.num_tokens
         key_pages, value_pages = self.key_value_pages(kv_cache)
         tree_attention_cpu(

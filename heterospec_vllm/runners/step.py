@@ -24,15 +24,16 @@ class Step:
     trees: DraftTrees | None = (
         None  # [num_reqs], in the order of the batch; None where nothing is verified
     )
-    num_tree_reqs: int = 0  # leading requests that attend as trees
+    num_masked_reqs: int = 0  # leading requests that attend by a mask
     root_rows: Ints | None = None  # [num_reqs] token row of each root
     walked: Walk | None = None
     temperatures: Ints | None = None  # [num_reqs] 0 for greedy requests, 1 for sampled ones
 
     def attending(self) -> DraftTrees:
-        """The trees of the leading requests that attend as trees."""
-        assert self.trees is not None
-        count = self.num_tree_reqs
+        """The trees of the leading requests that attend by a mask, empty ones among them."""
+        count = self.num_masked_reqs
+        if self.trees is None:
+            return DraftTrees.empty(count)
         if count == self.trees.num_reqs:
             return self.trees
         return self.trees.take(np.arange(count), self.trees.num_nodes[:count])

@@ -21,7 +21,14 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
-from heterospec_vllm.attention.cpu import HeteroSpecCPUAttentionMetadataBuilder, TreeRows
+from heterospec_vllm import row_loops
+from heterospec_vllm.attention.cpu import (
+    PIECE_ROWS,
+    HeteroSpecCPUAttentionMetadataBuilder,
+    MaskedRows,
+)
+from heterospec_vllm.attention.op_choice import VLLMS, OpChoice, choose_op
+from heterospec_vllm.attention.op_timing import Heads
 from heterospec_vllm.catch_up import HeadProgress
 from heterospec_vllm.drafter import HeteroSpecProposer
 from heterospec_vllm.kernels.tree_attention_cpu import is_available
@@ -42,6 +49,7 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
         self.start_speculation(vllm_config, self.drafter)
         self.scorer = TreeScorer(self.sampler)
         self._kv_caches_of_target: list[torch.Tensor] = []
+        self._op_choice: OpChoice = VLLMS
         # vLLM drops min_p and logit_bias as soon as a speculative config exists; the walk samples with vLLM's
         # own sampler row by row, so the full set is right for it.
         self.input_batch.logitsprocs = build_logitsprocs(
@@ -54,6 +62,17 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
 
     def _draws_trees(self) -> bool:
         return is_available()
+
+    def prepare_drafting(self) -> None:
+        super().prepare_drafting()
+        if self._draws_trees():
+            model, parallel = self.model_config, self.parallel_config
+            heads = Heads(
+                model.get_num_attention_heads(parallel),
+                model.get_num_kv_heads(parallel),
+                model.get_head_size(),
+            )
+            self._op_choice = choose_op(heads, model.dtype)
 
     def _request(self, req_id: str) -> CachedRequestState:
         return self.requests[req_id]
@@ -81,22 +100,28 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
             return super()._model_forward(*args, **kwargs)
 
     def _may_reorder_batch(self, scheduler_output: SchedulerOutput) -> None:
-        """Requests that attend as trees first; chains need no mask and stay with vLLM's own kernel."""
+        """Requests whose rows our attention takes first, those of vLLM's behind them."""
         super()._may_reorder_batch(scheduler_output)
-        step = self._step
-        if not step.verified:
-            return
-        batch = self.input_batch
-        trees = self.controller.trees_for(batch.req_ids)
-        is_tree = ~trees.is_chain
-        step.num_tree_reqs = int(is_tree.sum())
-        if not is_tree[: step.num_tree_reqs].all():
-            late = np.nonzero(is_tree[step.num_tree_reqs :])[0] + step.num_tree_reqs
-            early = np.nonzero(~is_tree[: step.num_tree_reqs])[0]
+        step, batch = self._step, self.input_batch
+        masked = self._masked(scheduler_output)
+        count = step.num_masked_reqs = int(masked.sum())
+        if not masked[:count].all():
+            late = np.nonzero(masked[count:])[0] + count
+            early = np.nonzero(~masked[:count])[0]
             for i, j in zip(early.tolist(), late.tolist(), strict=True):
                 batch.swap_states(i, j)
-            trees = self.controller.trees_for(batch.req_ids)
-        step.trees = trees
+        if step.verified:
+            step.trees = self.controller.trees_for(batch.req_ids)
+
+    def _masked(self, scheduler_output: SchedulerOutput) -> np.ndarray:
+        """[num_reqs] bool: drafts, and what else our op is the faster one for."""
+        req_ids, choice = self.input_batch.req_ids, self._op_choice
+        if choice.decodes and choice.prompts:
+            return np.ones(len(req_ids), dtype=np.bool_)
+        num_scheduled, verified = scheduler_output.num_scheduled_tokens, self._step.verified
+        by_rows = [choice.decodes if num_scheduled[r] == 1 else choice.prompts for r in req_ids]
+        drafted = [r in verified and self._draws_trees() for r in req_ids]
+        return np.array(by_rows) | np.array(drafted)
 
     # ---- step: inputs and attention
 
@@ -104,15 +129,14 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
         prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         step = self._step
         rows = None
+        starts = self.query_start_loc.np[: self.input_batch.num_reqs + 1].astype(np.int64)
         if step.trees is not None:
-            num_reqs = self.input_batch.num_reqs
-            ends = self.query_start_loc.np[1 : num_reqs + 1].astype(np.int64)
-            step.root_rows = ends - step.trees.num_nodes - 1
-            if step.num_tree_reqs:
-                with CLOCK.span("tree layout"):
-                    rows = self._place_trees(step)
+            step.root_rows = starts[1:] - step.trees.num_nodes - 1
+        if step.num_masked_reqs:
+            with CLOCK.span("tree layout"):
+                rows = self._masked_rows(step, starts[: step.num_masked_reqs + 1])
         for builder in self._builders():
-            builder.step_trees = rows
+            builder.masked_rows = rows
         return prepared
 
     def _calc_spec_decode_metadata(
@@ -134,20 +158,24 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
             logits_indices=torch.from_numpy(logits_indices),
         )
 
-    def _place_trees(self, step: Step) -> TreeRows:
+    def _masked_rows(self, step: Step, starts: Ints) -> MaskedRows:
         """Positions follow the depth (slots were computed from the row index, which is what KV needs)."""
-        trees, count = step.attending(), step.num_tree_reqs
+        trees, count = step.attending(), step.num_masked_reqs
         context_lens = self.input_batch.num_computed_tokens_cpu[:count].astype(np.int64)
-        placed = trees.placed(context_lens)
-        self.positions[: placed.positions.size] = torch.from_numpy(placed.positions)
+        positions, query_start_loc, seq_lens, ancestor_mask, reqs = row_loops.masked_rows(
+            trees.parents, trees.depths, trees.num_nodes, starts, context_lens, PIECE_ROWS
+        )
+        if step.trees is not None:
+            self.positions[: positions.size] = torch.from_numpy(positions)
         block_table = self.input_batch.block_table[self.drafter.kv_cache_gid].get_device_tensor(
             count
         )
-        return TreeRows(
-            query_start_loc=torch.from_numpy(placed.query_start_loc),
-            seq_lens=torch.from_numpy(placed.seq_lens),
-            block_table=block_table,
-            ancestor_mask=torch.from_numpy(placed.ancestor_mask),
+        return MaskedRows(
+            num_reqs=count,
+            query_start_loc=torch.from_numpy(query_start_loc),
+            seq_lens=torch.from_numpy(seq_lens),
+            block_table=block_table if reqs.size == count else block_table[torch.from_numpy(reqs)],
+            ancestor_mask=torch.from_numpy(ancestor_mask),
         )
 
     def _builders(self) -> list[HeteroSpecCPUAttentionMetadataBuilder]:

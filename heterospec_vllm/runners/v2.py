@@ -135,7 +135,7 @@ class HeteroSpecGPUModelRunner(SpeculatingRunner, GPUModelRunner):
             self.scorer.trees = step.trees
             if not step.trees.is_chain.all():
                 # vLLM sorts requests with drafts to the front; a chain among trees is a tree, too.
-                step.num_tree_reqs = int((step.trees.num_nodes > 0).sum())
+                step.num_masked_reqs = int((step.trees.num_nodes > 0).sum())
         return batch
 
     def _place_drafts(self, verified: dict[str, list[int]]) -> None:
@@ -153,8 +153,8 @@ class HeteroSpecGPUModelRunner(SpeculatingRunner, GPUModelRunner):
         """Slots follow the row, as KV needs; positions, from here on, the depth."""
         prepared = super().prepare_attn(input_batch)
         step = self._step
-        if step.num_tree_reqs:
-            trees, count = step.attending(), step.num_tree_reqs
+        if step.num_masked_reqs:
+            trees, count = step.attending(), step.num_masked_reqs
             context_lens = input_batch.num_computed_tokens_np[:count].astype(np.int64)
             placed = trees.placed(context_lens)
             num_tokens = placed.positions.size

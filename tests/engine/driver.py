@@ -4,8 +4,8 @@
 A job is `{"engine": LLM arguments, "runs": [run, ...]}`; a run is `{"name", "prompts" (token ids or
 text), "sampling" (one dict or one a prompt), "batch" (requests at a time, default all), "policy"
 (optional: arguments of set_heterospec_policy), "random_policy" (optional: arguments of
-random_policy.install), "fused_head" (optional: that of choose_head)}`. Two engines of one
-process would share threads and caches, so tests start a process each.
+random_policy.install), "fused_head" (optional: that of choose_head), "our_rows" (optional: those of
+choose_rows)}`. Two engines of one process would share threads and caches, so tests start a process each.
 """
 
 import json
@@ -34,6 +34,10 @@ def main(job_file: str, out_file: str) -> None:
             from choose_head import choose_head
 
             llm.collective_rpc(choose_head, args=(run["fused_head"],))
+        if "our_rows" in run and speculates:
+            from choose_rows import choose_rows
+
+            llm.collective_rpc(choose_rows, kwargs=run["our_rows"])
         if speculates:
             llm.collective_rpc("heterospec_counters", kwargs={"reset": True})
         preemptions = _metric(llm, "vllm:num_preemptions")

@@ -90,6 +90,18 @@ FALLBACK_RUNS = {
 }
 
 
+# Which rows of text our attention takes is measured at start; answers must not depend on it.
+OUR_ROWS = {
+    (f"{policy}, decodes {decodes}, prompts {prompts}", policy): {
+        "decodes": decodes,
+        "prompts": prompts,
+    }
+    for policy in ("plain", "static")
+    for decodes in (False, True)
+    for prompts in (False, True)
+}
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("tiny")
@@ -139,6 +151,10 @@ def answers(models, tmp_path_factory) -> dict[str, dict[str, Any]]:
         {**RUNS[1], "name": "chain", "policy": {"policy": "chain"}},
         {**RUNS[1], "name": "plain", "policy": {"policy": "plain"}},
         {**RUNS[1], "name": "static again", "policy": {"policy": "static"}},
+        *(
+            {**RUNS[1], "name": name, "policy": {"policy": policy}, "our_rows": rows}
+            for (name, policy), rows in OUR_ROWS.items()
+        ),
     ]
     return {
         "plain": run_engine({"engine": _engine(models, False), "runs": runs}, folder / "plain"),
@@ -204,6 +220,11 @@ def test_policy_switches_at_run_time(answers) -> None:
     assert_speculated(ours["static again"]["counters"])
 
 
+@pytest.mark.parametrize("name", [name for name, _ in OUR_ROWS])
+def test_same_tokens_whichever_rows_our_attention_takes(answers, name: str) -> None:
+    assert divergences(answers["plain"]["batch"], answers["ours"][name]) == []
+
+
 def test_all_blocks_return(answers) -> None:
     free = {run["free_blocks"] for run in answers["ours"].values()}
     assert len(free) == 1, free
@@ -220,8 +241,11 @@ def test_all_blocks_return(answers) -> None:
 def test_same_tokens_under_pressure(models, tmp_path, name: str, arguments) -> None:
     """Greedy only where prefills are cut: stock vLLM on CPU dies on a seed with a partial prefill."""
     runs = [
-        {"name": "greedy", "prompts": MANY, "sampling": {**GREEDY, "max_tokens": 100}},
-        {"name": "again", "prompts": MANY, "sampling": {**GREEDY, "max_tokens": 100}},
+        {"name": name, "prompts": MANY, "sampling": {**GREEDY, "max_tokens": 100}, "our_rows": rows}
+        for name, rows in {
+            "greedy": {"decodes": True, "prompts": True},
+            "again": {"decodes": False, "prompts": False},
+        }.items()
     ]
     plain = run_engine(
         {"engine": _engine(models, False, **arguments), "runs": runs}, tmp_path / "plain"

@@ -257,6 +257,45 @@ def test_trees(seed: int, num_reqs: int, width: int) -> None:
 
 
 @few
+@given(seeds, st.integers(1, 4), st.integers(0, 9), st.integers(1, 5))
+def test_masked_rows(seed: int, num_reqs: int, width: int, longest: int) -> None:
+    """Whatever the pieces, a row sees its context, the text before it and its own ancestors, by slot."""
+    rng = np.random.default_rng(seed)
+    trees = random_trees(rng, num_reqs, width).laid_out()
+    text = rng.integers(0, 12, num_reqs)  # rows in front of a tree, or a request's only rows
+    text = np.maximum(text, trees.num_nodes == 0)
+    counts = text + np.where(trees.num_nodes > 0, trees.num_nodes + 1, 0)
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    context_lens = rng.integers(0, 20, num_reqs)
+    positions, piece_starts, seq_lens, masks, reqs = row_loops.masked_rows(
+        trees.parents, trees.depths, trees.num_nodes, starts, context_lens, longest
+    )
+    assert piece_starts[-1] == starts[-1] and reqs.size == seq_lens.size == piece_starts.size - 1
+    for piece, req in enumerate(reqs):
+        first, stop = piece_starts[piece], piece_starts[piece + 1]
+        assert starts[req] <= first < stop <= starts[req + 1]
+        context = seq_lens[piece] - (stop - first)
+        for row in range(first, stop):
+            mask = int(masks[row])
+            seen = {*range(context)} | {context + j for j in range(64) if mask >> j & 1}
+            place = row - starts[req]
+            wanted = {*range(context_lens[req] + min(place, text[req]))}
+            node = place - text[req]
+            if node < 0:  # text
+                wanted.add(context_lens[req] + place)
+                assert stop - first <= longest and positions[row] == context_lens[req] + place
+            else:
+                at, depth = node, 0
+                while True:
+                    wanted.add(context_lens[req] + text[req] + at)
+                    if at == 0:
+                        break
+                    at, depth = trees.parents[req, at], depth + 1
+                assert positions[row] == context_lens[req] + text[req] + depth
+            assert seen == wanted
+
+
+@few
 @given(seeds, st.integers(1, 4), st.integers(0, 9))
 def test_outcomes_and_tally(seed: int, num_reqs: int, width: int) -> None:
     rng = np.random.default_rng(seed)

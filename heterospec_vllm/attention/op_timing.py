@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times one layer's call of our CPU tree attention against vLLM's causal op: same queries, same pages.
 
-The trees are chains, so that both ops compute the same thing (checked). Calls walk over several copies of the KV
+The rows are text, so that both ops compute the same thing (checked). Calls walk over several copies of the KV
 cache, larger than the last-level cache together, as the layers of a model do.
 """
 
@@ -12,10 +12,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from vllm import _custom_ops as ops
 
+from heterospec_vllm import row_loops
+from heterospec_vllm.attention.cpu import MaskedRows
 from heterospec_vllm.kernels import tree_attention_cpu as kernel
+from heterospec_vllm.tree import DraftTrees
 
 BLOCK_SIZE = 128  # vLLM's default on CPU
 CACHED_BYTES = 64 << 20  # the copies of the KV cache together: twice a large last-level cache
@@ -56,6 +60,11 @@ class Timing:
     vllm: float
     ours: float
 
+    @property
+    def ratio(self) -> float:
+        """Our seconds over vLLM's."""
+        return self.ours / self.vllm
+
 
 @dataclass(frozen=True)
 class Calls:
@@ -73,27 +82,49 @@ class _Batch:
     starts: torch.Tensor  # [requests + 1] int32
     seq_lens: torch.Tensor  # [requests] int32
     table: torch.Tensor  # [requests, blocks of a request] int32
-    masks: torch.Tensor  # [num_tokens] int64, ancestors of each row: all rows before it
+    masked: MaskedRows  # the same rows as our op takes them
 
     @classmethod
-    def of(cls, case: Case, heads: Heads, dtype: torch.dtype) -> _Batch:
+    def of(cls, case: Case, heads: Heads, dtype: torch.dtype, piece_rows: int) -> _Batch:
         blocks = -(-case.seq_len // BLOCK_SIZE)
-        order = torch.randperm(case.requests * blocks, dtype=torch.int32)
-        chain = [-1 if row == 63 else (2 << row) - 1 for row in range(case.rows)]
+        table = torch.randperm(case.requests * blocks, dtype=torch.int32)
+        table = table.view(case.requests, blocks)
+        trees = DraftTrees.empty(case.requests)
+        starts = np.arange(0, case.num_tokens + 1, case.rows)
+        context_lens = np.full(case.requests, case.context)
+        _, piece_starts, seq_lens, ancestor_mask, reqs = row_loops.masked_rows(
+            trees.parents, trees.depths, trees.num_nodes, starts, context_lens, piece_rows
+        )
         return cls(
             query=torch.randn(case.num_tokens, heads.num_heads, heads.head_size).to(dtype),
-            starts=torch.arange(0, case.num_tokens + 1, case.rows, dtype=torch.int32),
+            starts=torch.from_numpy(starts).int(),
             seq_lens=torch.full((case.requests,), case.seq_len, dtype=torch.int32),
-            table=order.view(case.requests, blocks),
-            masks=torch.tensor(chain * case.requests, dtype=torch.int64),
+            table=table,
+            masked=MaskedRows(
+                num_reqs=case.requests,
+                query_start_loc=torch.from_numpy(piece_starts),
+                seq_lens=torch.from_numpy(seq_lens),
+                block_table=table[torch.from_numpy(reqs)],
+                ancestor_mask=torch.from_numpy(ancestor_mask),
+            ),
         )
 
 
 def measure(
-    case: Case, heads: Heads, dtype: torch.dtype, seconds: float = SECONDS_PER_CASE
+    case: Case,
+    heads: Heads,
+    dtype: torch.dtype,
+    seconds: float = SECONDS_PER_CASE,
+    *,
+    piece_rows: int = kernel.MAX_ROWS,
+    copies: int = MAX_COPIES,
+    check: bool = True,
 ) -> Timing:
-    """Times both ops for about ``seconds``, and at least ``MIN_ROUNDS`` rounds."""
-    calls = build_calls(case, heads, dtype)
+    """Times both ops for about ``seconds``, and at least ``MIN_ROUNDS`` rounds.
+
+    ``piece_rows``: most rows of a request that our op takes in one piece. ``copies``: most of the KV cache.
+    """
+    calls = build_calls(case, heads, dtype, piece_rows=piece_rows, copies=copies, check=check)
     vllm: list[float] = []
     ours: list[float] = []
     deadline = time.perf_counter() + seconds
@@ -103,21 +134,24 @@ def measure(
     return Timing(vllm=statistics.median(vllm), ours=statistics.median(ours))
 
 
-def build_calls(case: Case, heads: Heads, dtype: torch.dtype) -> Calls:
-    """Both ops over as many copies of the KV cache as do not fit in the caches; checks that the outputs agree."""
-    batch = _Batch.of(case, heads, dtype)
+def build_calls(
+    case: Case, heads: Heads, dtype: torch.dtype, *, piece_rows: int, copies: int, check: bool
+) -> Calls:
+    """Both ops over as many copies of the KV cache as do not fit in the caches; may check that the outputs agree."""
+    batch = _Batch.of(case, heads, dtype, piece_rows)
     shape = (batch.table.numel(), heads.num_kv_heads, 2 * BLOCK_SIZE, heads.head_size)
     cache_bytes = torch.Size(shape).numel() * dtype.itemsize
     metadata = _vllm_metadata(batch, heads)
     calls = Calls([], [])
-    for _ in range(max(1, min(MAX_COPIES, CACHED_BYTES // cache_bytes))):
+    for _ in range(max(1, min(copies, CACHED_BYTES // cache_bytes))):
         keys, values = torch.empty(shape, dtype=dtype).normal_().chunk(2, dim=2)
         out_vllm, out_ours = torch.empty_like(batch.query), torch.empty_like(batch.query)
         call_vllm = _vllm_call(batch, keys, values, out_vllm, metadata)
         call_ours = _our_call(batch, keys, values, out_ours)
         call_vllm()
         call_ours()
-        torch.testing.assert_close(out_ours, out_vllm, atol=1e-2, rtol=2e-2)
+        if check:
+            torch.testing.assert_close(out_ours, out_vllm, atol=1e-2, rtol=2e-2)
         calls.vllm.append(call_vllm)
         calls.ours.append(call_ours)
     return calls
@@ -163,12 +197,12 @@ def _our_call(
     values: torch.Tensor,
     out: torch.Tensor,  # [num_tokens, num_heads, head_size]
 ) -> Callable[[], None]:
-    scale = batch.query.shape[-1] ** -0.5
+    scale, masked = batch.query.shape[-1] ** -0.5, batch.masked
 
     def call() -> None:
         kernel.tree_attention_cpu(
-            batch.query, keys, values, out, batch.starts, batch.seq_lens, batch.table, batch.masks,
-            scale,
+            batch.query, keys, values, out, masked.query_start_loc, masked.seq_lens,
+            masked.block_table, masked.ancestor_mask, scale,
         )  # fmt: skip
 
     return call
