@@ -4,7 +4,7 @@
     python benchmarks/bench_tree_attention_cpu.py [--json results.json] [--quick]
 
 Chain-shaped trees, so that both ops compute the same thing (checked). Rounds of the two ops
-alternate; a figure is the median over rounds (``heterospec_vllm.attention.op_timing.py``).
+alternate; a figure is the median over rounds (``heterospec_vllm/attention/op_timing.py``).
 """
 
 import argparse
@@ -42,7 +42,7 @@ def measure_case(queries_per_kv: int, case: Case, dtype: torch.dtype) -> Result:
         **asdict(case),
         vllm_us=timing.vllm * 1e6,
         ours_us=timing.ours * 1e6,
-        ratio=timing.ours / timing.vllm,
+        ratio=timing.ratio,
     )
 
 

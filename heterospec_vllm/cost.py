@@ -50,11 +50,8 @@ def _line(knots, seconds, counts, fixed, per_count):
 @compiled("f8[::1](f8[::1], f8[::1], i8, i8, f8, f8)")
 def _run(knots, seconds, first, size, fixed, per_count):
     """See :meth:`CostTable.run`."""
-    out = np.empty(size, np.float64)
-    for i in range(size):
-        _, at = _on_line(knots, seconds, first + i)
-        out[i] = at + fixed + per_count * (first + i)
-    return out
+    counts = np.arange(first, first + size).astype(np.float64)
+    return _line(knots, seconds, counts, fixed, per_count)
 
 
 @compiled("void(f8[::1], f8[::1], f8[::1], f8, f8, f8)")

@@ -80,12 +80,16 @@ class CandidatePool:
 
 @dataclass(frozen=True)
 class PlacedRows:
-    """The rows of a batch's trees in a step, request by request."""
+    """The rows of a batch in a step, request by request, in pieces that attend by a mask.
+
+    A tree is one piece, the text before it or without one as many as it takes, each with those before it as context.
+    """
 
     positions: Ints  # [num_rows] they follow the depth
-    query_start_loc: Ints32  # [num_reqs + 1]
-    seq_lens: Ints32  # [num_reqs] the context and the rows
-    ancestor_mask: Ints  # [num_rows] bit j: sees row j of its own request
+    query_start_loc: Ints32  # [num_pieces + 1]
+    seq_lens: Ints32  # [num_pieces] the context and the rows
+    ancestor_mask: Ints  # [num_rows] bit j: sees row j of its own piece
+    reqs: Ints  # [num_pieces] request of each
 
 
 @dataclass(frozen=True)
@@ -237,11 +241,17 @@ class DraftTrees:
 
     def placed(
         self,
-        context_lens: Ints,  # [num_reqs] tokens before the root
+        context_lens: Ints,  # [num_reqs] tokens before the step's rows
+        starts: Ints | None = None,  # [num_reqs + 1] where those rows start; none: trees alone
+        piece_rows: int = 1,  # most rows of a piece of text
     ) -> PlacedRows:
         """The rows one after the other, as the step has them."""
+        if starts is None:
+            starts = np.concatenate([[0], np.cumsum(self.num_nodes + 1)])
         return PlacedRows(
-            *tree_loops.place(self.parents, self.depths, self.num_nodes, context_lens)
+            *tree_loops.place(
+                self.parents, self.depths, self.num_nodes, starts, context_lens, piece_rows
+            )
         )
 
     def children_matching(

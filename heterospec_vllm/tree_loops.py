@@ -52,40 +52,14 @@ def side_by_side(
     more_ranks,
 ):
     """The columns of both."""
-    num_reqs, left = tokens.shape
-    width = left + more_tokens.shape[1]
-    out_tokens = np.empty((num_reqs, width), np.int64)
-    out_log_probs = np.empty((num_reqs, width), np.float32)
-    out_survivals = np.empty((num_reqs, width), np.float64)
-    out_strata = np.empty((num_reqs, width), np.int64)
-    out_entropies = np.empty((num_reqs, width), np.float32)
-    out_parents = np.empty((num_reqs, width), np.int64)
-    out_ranks = np.empty((num_reqs, width), np.int64)
-    for req in range(num_reqs):
-        for at in range(left):
-            out_tokens[req, at] = tokens[req, at]
-            out_log_probs[req, at] = log_probs[req, at]
-            out_survivals[req, at] = survivals[req, at]
-            out_strata[req, at] = strata[req, at]
-            out_entropies[req, at] = entropies[req, at]
-            out_parents[req, at] = parents[req, at]
-            out_ranks[req, at] = ranks[req, at]
-        for at in range(width - left):
-            out_tokens[req, left + at] = more_tokens[req, at]
-            out_log_probs[req, left + at] = more_log_probs[req, at]
-            out_survivals[req, left + at] = more_survivals[req, at]
-            out_strata[req, left + at] = more_strata[req, at]
-            out_entropies[req, left + at] = more_entropies[req, at]
-            out_parents[req, left + at] = more_parents[req, at]
-            out_ranks[req, left + at] = more_ranks[req, at]
     return (
-        out_tokens,
-        out_log_probs,
-        out_survivals,
-        out_strata,
-        out_entropies,
-        out_parents,
-        out_ranks,
+        np.concatenate((tokens, more_tokens), axis=1),
+        np.concatenate((log_probs, more_log_probs), axis=1),
+        np.concatenate((survivals, more_survivals), axis=1),
+        np.concatenate((strata, more_strata), axis=1),
+        np.concatenate((entropies, more_entropies), axis=1),
+        np.concatenate((parents, more_parents), axis=1),
+        np.concatenate((ranks, more_ranks), axis=1),
     )
 
 
@@ -238,30 +212,61 @@ def chains(
     return out
 
 
-@compiled("Tuple((i8[::1], i4[::1], i4[::1], i8[::1]))(i8[:,:], i8[:,:], i8[:], i8[:])")
+@compiled(
+    "Tuple((i8[::1], i4[::1], i4[::1], i8[::1], i8[::1]))"
+    "(i8[:,:], i8[:,:], i8[:], i8[:], i8[:], i8)"
+)
 def place(
     parents,  # [num_reqs, max_nodes + 1]
     depths,  # [num_reqs, max_nodes + 1]
     num_nodes,  # [num_reqs]
-    context_lens,  # [num_reqs]
+    starts,  # [num_reqs + 1] where each request's rows of the step start
+    context_lens,  # [num_reqs] tokens before them
+    longest,  # rows of a piece of text
 ):
     """The fields of ``PlacedRows``."""
     num_reqs = num_nodes.size
-    start = np.zeros(num_reqs + 1, np.int32)
-    seq_lens = np.empty(num_reqs, np.int32)
+    num_pieces = 0
     for req in range(num_reqs):
-        start[req + 1] = start[req] + num_nodes[req] + 1
-        seq_lens[req] = context_lens[req] + num_nodes[req] + 1
-    positions = np.empty(start[num_reqs], np.int64)
-    masks = np.empty(start[num_reqs], np.int64)
+        text = starts[req + 1] - starts[req]
+        if num_nodes[req] > 0:
+            text -= num_nodes[req] + 1
+            num_pieces += 1
+        num_pieces += (text + longest - 1) // longest
+    positions = np.empty(starts[num_reqs], np.int64)
+    piece_starts = np.zeros(num_pieces + 1, np.int32)
+    seq_lens = np.empty(num_pieces, np.int32)
+    reqs = np.empty(num_pieces, np.int64)
+    masks = np.empty(starts[num_reqs], np.int64)
+    piece = 0
     for req in range(num_reqs):
-        first = start[req]
-        positions[first] = context_lens[req]
-        masks[first] = 1
-        for row in range(1, num_nodes[req] + 1):
-            positions[first + row] = context_lens[req] + depths[req, row]
-            masks[first + row] = masks[first + parents[req, row]] | (1 << row)
-    return positions, start, seq_lens, masks
+        nodes = num_nodes[req]
+        row, context = starts[req], context_lens[req]
+        root = starts[req + 1] - nodes - 1 if nodes > 0 else starts[req + 1]
+        while row < root:
+            count = min(longest, root - row)
+            seen = 0
+            for i in range(count):
+                seen |= 1 << i
+                positions[row + i] = context + i
+                masks[row + i] = seen
+            row += count
+            context += count
+            reqs[piece] = req
+            piece_starts[piece + 1] = row
+            seq_lens[piece] = context
+            piece += 1
+        if nodes > 0:
+            positions[root] = context
+            masks[root] = 1
+            for i in range(1, nodes + 1):
+                positions[root + i] = context + depths[req, i]
+                masks[root + i] = masks[root + parents[req, i]] | (1 << i)
+            reqs[piece] = req
+            piece_starts[piece + 1] = root + nodes + 1
+            seq_lens[piece] = context + nodes + 1
+            piece += 1
+    return positions, piece_starts, seq_lens, masks, reqs
 
 
 # ---- after the walk

@@ -25,6 +25,7 @@ from heterospec_vllm.kernels import reference
 from heterospec_vllm.kernels.draft_attention_cpu import draft_attention_cpu
 from heterospec_vllm.kernels.tree_attention_cpu import is_available, tree_attention_cpu
 from heterospec_vllm.timing import CLOCK
+from heterospec_vllm.tree import PlacedRows
 
 # Rows of a piece of text: few, so that there is something to do for every thread; the mask has room for 64.
 PIECE_ROWS = 32
@@ -32,10 +33,9 @@ PIECE_ROWS = 32
 
 @dataclass
 class MaskedRows:
-    """The target's rows that our op takes, those of the first requests of the batch.
+    """The target's rows that our op takes, those of the first requests of the batch, in pieces (``PlacedRows``).
 
-    A tree is one piece, a longer text several, each with the pieces before it as its context: their keys are stored
-    before any layer attends.
+    A piece may have others as its context, because all keys are stored before a layer attends.
     """
 
     num_reqs: int
@@ -43,6 +43,23 @@ class MaskedRows:
     seq_lens: torch.Tensor  # [num_pieces] int32, context + rows of the piece
     block_table: torch.Tensor  # [num_pieces, max_blocks] int32
     ancestor_mask: torch.Tensor  # [num_tokens] int64, bit j: sees row j of its own piece
+
+    @classmethod
+    def of(
+        cls,
+        placed: PlacedRows,
+        block_table: torch.Tensor,  # [num_reqs, max_blocks] int32
+    ) -> MaskedRows:
+        num_reqs = block_table.shape[0]
+        if placed.reqs.size != num_reqs:
+            block_table = block_table[torch.from_numpy(placed.reqs)]
+        return cls(
+            num_reqs=num_reqs,
+            query_start_loc=torch.from_numpy(placed.query_start_loc),
+            seq_lens=torch.from_numpy(placed.seq_lens),
+            block_table=block_table,
+            ancestor_mask=torch.from_numpy(placed.ancestor_mask),
+        )
 
     @property
     def num_tokens(self) -> int:

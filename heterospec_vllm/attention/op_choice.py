@@ -37,7 +37,7 @@ VLLMS = OpChoice(decodes=False, prompts=False)
 
 
 def choose_op(heads: Heads, dtype: torch.dtype) -> OpChoice:
-    """Times both ops on a layer of this shape, about a second in all."""
+    """Times both ops on a layer of this shape, one to three seconds in all."""
     start = time.perf_counter()
     decodes = measure(DECODES, heads, dtype, SECONDS, check=False).ratio
     # Products, not keys, are what takes time here, so the caches do not matter.

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from vllm import _custom_ops as ops
+from vllm.config import VllmConfig
 
-from heterospec_vllm import row_loops
 from heterospec_vllm.attention.cpu import MaskedRows
 from heterospec_vllm.kernels import tree_attention_cpu as kernel
 from heterospec_vllm.tree import DraftTrees
@@ -34,6 +34,16 @@ class Heads:
     num_heads: int
     num_kv_heads: int
     head_size: int
+
+    @classmethod
+    def of(cls, vllm_config: VllmConfig) -> Heads:
+        """Those of a target's layers."""
+        model, parallel = vllm_config.model_config, vllm_config.parallel_config
+        return cls(
+            model.get_num_attention_heads(parallel),
+            model.get_num_kv_heads(parallel),
+            model.get_head_size(),
+        )
 
 
 @dataclass(frozen=True)
@@ -92,21 +102,13 @@ class _Batch:
         trees = DraftTrees.empty(case.requests)
         starts = np.arange(0, case.num_tokens + 1, case.rows)
         context_lens = np.full(case.requests, case.context)
-        _, piece_starts, seq_lens, ancestor_mask, reqs = row_loops.masked_rows(
-            trees.parents, trees.depths, trees.num_nodes, starts, context_lens, piece_rows
-        )
+        placed = trees.placed(context_lens, starts, piece_rows)
         return cls(
             query=torch.randn(case.num_tokens, heads.num_heads, heads.head_size).to(dtype),
             starts=torch.from_numpy(starts).int(),
             seq_lens=torch.full((case.requests,), case.seq_len, dtype=torch.int32),
             table=table,
-            masked=MaskedRows(
-                num_reqs=case.requests,
-                query_start_loc=torch.from_numpy(piece_starts),
-                seq_lens=torch.from_numpy(seq_lens),
-                block_table=table[torch.from_numpy(reqs)],
-                ancestor_mask=torch.from_numpy(ancestor_mask),
-            ),
+            masked=MaskedRows.of(placed, table),
         )
 
 

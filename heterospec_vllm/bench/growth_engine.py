@@ -251,10 +251,5 @@ def _time_attention(llm: Any, point: Point) -> Timing | None:
     if not is_available():
         return None
     config = llm.llm_engine.vllm_config
-    model, parallel = config.model_config, config.parallel_config
-    heads = Heads(
-        model.get_num_attention_heads(parallel),
-        model.get_num_kv_heads(parallel),
-        model.get_head_size(),
-    )
-    return measure(Case(point.context, point.nodes + 1, point.requests), heads, model.dtype)
+    case = Case(point.context, point.nodes + 1, point.requests)
+    return measure(case, Heads.of(config), config.model_config.dtype)

@@ -21,7 +21,6 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
-from heterospec_vllm import row_loops
 from heterospec_vllm.attention.cpu import (
     PIECE_ROWS,
     HeteroSpecCPUAttentionMetadataBuilder,
@@ -66,13 +65,7 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
     def prepare_drafting(self) -> None:
         super().prepare_drafting()
         if self._draws_trees():
-            model, parallel = self.model_config, self.parallel_config
-            heads = Heads(
-                model.get_num_attention_heads(parallel),
-                model.get_num_kv_heads(parallel),
-                model.get_head_size(),
-            )
-            self._op_choice = choose_op(heads, model.dtype)
+            self._op_choice = choose_op(Heads.of(self.vllm_config), self.model_config.dtype)
 
     def _request(self, req_id: str) -> CachedRequestState:
         return self.requests[req_id]
@@ -118,10 +111,10 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
         req_ids, choice = self.input_batch.req_ids, self._op_choice
         if choice.decodes and choice.prompts:
             return np.ones(len(req_ids), dtype=np.bool_)
-        num_scheduled, verified = scheduler_output.num_scheduled_tokens, self._step.verified
+        num_scheduled = scheduler_output.num_scheduled_tokens
+        drafts = self._step.verified if self._draws_trees() else {}
         by_rows = [choice.decodes if num_scheduled[r] == 1 else choice.prompts for r in req_ids]
-        drafted = [r in verified and self._draws_trees() for r in req_ids]
-        return np.array(by_rows) | np.array(drafted)
+        return np.array(by_rows) | np.array([r in drafts for r in req_ids])
 
     # ---- step: inputs and attention
 
@@ -162,21 +155,13 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
         """Positions follow the depth (slots were computed from the row index, which is what KV needs)."""
         trees, count = step.attending(), step.num_masked_reqs
         context_lens = self.input_batch.num_computed_tokens_cpu[:count].astype(np.int64)
-        positions, query_start_loc, seq_lens, ancestor_mask, reqs = row_loops.masked_rows(
-            trees.parents, trees.depths, trees.num_nodes, starts, context_lens, PIECE_ROWS
-        )
+        placed = trees.placed(context_lens, starts, PIECE_ROWS)
         if step.trees is not None:
-            self.positions[: positions.size] = torch.from_numpy(positions)
+            self.positions[: placed.positions.size] = torch.from_numpy(placed.positions)
         block_table = self.input_batch.block_table[self.drafter.kv_cache_gid].get_device_tensor(
             count
         )
-        return MaskedRows(
-            num_reqs=count,
-            query_start_loc=torch.from_numpy(query_start_loc),
-            seq_lens=torch.from_numpy(seq_lens),
-            block_table=block_table if reqs.size == count else block_table[torch.from_numpy(reqs)],
-            ancestor_mask=torch.from_numpy(ancestor_mask),
-        )
+        return MaskedRows.of(placed, block_table)
 
     def _builders(self) -> list[HeteroSpecCPUAttentionMetadataBuilder]:
         return [group.get_metadata_builder(0) for groups in self.attn_groups for group in groups]

@@ -258,7 +258,7 @@ def test_trees(seed: int, num_reqs: int, width: int) -> None:
 
 @few
 @given(seeds, st.integers(1, 4), st.integers(0, 9), st.integers(1, 5))
-def test_masked_rows(seed: int, num_reqs: int, width: int, longest: int) -> None:
+def test_placed_rows(seed: int, num_reqs: int, width: int, longest: int) -> None:
     """Whatever the pieces, a row sees its context, the text before it and its own ancestors, by slot."""
     rng = np.random.default_rng(seed)
     trees = random_trees(rng, num_reqs, width).laid_out()
@@ -267,9 +267,9 @@ def test_masked_rows(seed: int, num_reqs: int, width: int, longest: int) -> None
     counts = text + np.where(trees.num_nodes > 0, trees.num_nodes + 1, 0)
     starts = np.concatenate([[0], np.cumsum(counts)])
     context_lens = rng.integers(0, 20, num_reqs)
-    positions, piece_starts, seq_lens, masks, reqs = row_loops.masked_rows(
-        trees.parents, trees.depths, trees.num_nodes, starts, context_lens, longest
-    )
+    placed = trees.placed(context_lens, starts, longest)
+    positions, masks, reqs = placed.positions, placed.ancestor_mask, placed.reqs
+    piece_starts, seq_lens = placed.query_start_loc, placed.seq_lens
     assert piece_starts[-1] == starts[-1] and reqs.size == seq_lens.size == piece_starts.size - 1
     for piece, req in enumerate(reqs):
         first, stop = piece_starts[piece], piece_starts[piece + 1]

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from heterospec_vllm import row_loops
+from heterospec_vllm import tree_loops
 from heterospec_vllm.attention import op_choice
 from heterospec_vllm.attention.op_choice import DECODES, PROMPTS, OpChoice, choose_op
 from heterospec_vllm.attention.op_timing import Case, Heads, Timing, build_calls
@@ -47,12 +47,12 @@ def test_text_in_pieces_is_what_vllm_computes(rows: int, context: int) -> None:
 @needs_kernel
 def test_a_wrong_mask_is_noticed(monkeypatch) -> None:
     """The comparison above can fail."""
-    right = row_loops.masked_rows
+    right = tree_loops.place
 
     def blind(*args):
         positions, starts, seq_lens, masks, reqs = right(*args)
         return positions, starts, seq_lens, masks & -2, reqs  # nobody sees a piece's first row
 
-    monkeypatch.setattr(row_loops, "masked_rows", blind)
+    monkeypatch.setattr(tree_loops, "place", blind)
     with pytest.raises(AssertionError):
         build_calls(Case(0, 40, 1), HEADS, torch.float32, piece_rows=32, copies=1, check=True)
