@@ -35,8 +35,8 @@ class Result:
     ratio: float
 
 
-def measure_case(queries_per_kv: int, case: Case, dtype: torch.dtype) -> Result:
-    timing = measure(case, HEADS[queries_per_kv], dtype)
+def measure_case(queries_per_kv: int, case: Case, dtype: torch.dtype, isa: str) -> Result:
+    timing = measure(case, HEADS[queries_per_kv], dtype, isa=isa)
     return Result(
         queries_per_kv=queries_per_kv,
         **asdict(case),
@@ -53,6 +53,9 @@ def main() -> None:
     parser.add_argument(
         "--queries-per-kv", type=int, nargs="+", choices=HEADS, default=list(HEADS), metavar="N"
     )
+    parser.add_argument(
+        "--isa", choices=kernel.ISA_CODES, default="vec", help="layout of the pages"
+    )
     parser.add_argument("--quick", action="store_true", help="a few cases")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -60,12 +63,14 @@ def main() -> None:
     rows = [4, 16] if args.quick else [4, 8, 16, 32, 64]
     requests = [1, 4] if args.quick else [1, 4, 16]
     header = f"{'q/kv':>5}{'context':>9}{'rows':>6}{'requests':>10}"
-    print(f"{args.dtype}, {torch.get_num_threads()} threads, {kernel.instruction_set()}")
+    print(
+        f"{args.dtype}, isa {args.isa}, {torch.get_num_threads()} threads, {kernel.instruction_set()}"
+    )
     print(f"{header}{'vLLM us':>11}{'ours us':>11}{'ratio':>8}")
     results = []
     shapes = itertools.product(args.queries_per_kv, contexts, rows, requests)
     for queries_per_kv, *shape in shapes:
-        result = measure_case(queries_per_kv, Case(*shape), DTYPES[args.dtype])
+        result = measure_case(queries_per_kv, Case(*shape), DTYPES[args.dtype], args.isa)
         results.append(result)
         print(
             f"{result.queries_per_kv:>5}{result.context:>9}{result.rows:>6}{result.requests:>10}"

@@ -67,7 +67,8 @@ class FusedHead:
     def forward(self, **rows: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """`head_layer_cpu` with this head's weights and pages: (normed output, output)."""
         keys, values = self._attention.impl.key_value_pages(self._attention.kv_cache)
-        return head_layer_cpu(self._weights, key_cache=keys, value_cache=values, **rows)
+        isa = self._attention.isa
+        return head_layer_cpu(self._weights, key_cache=keys, value_cache=values, isa=isa, **rows)
 
     def store_keys(
         self,

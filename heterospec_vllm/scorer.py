@@ -101,6 +101,7 @@ class TreeScorer:
         kv_caches: list[
             torch.Tensor
         ],  # target layers, each [num_blocks, num_kv_heads, block_size, 2 * head_size]
+        isa: str,  # vLLM's name of their layout
     ) -> KVMoves:
         """Bring the accepted rows' keys and values into the slots that follow the context."""
         moves = plan_moves(walked, root_rows)
@@ -109,6 +110,7 @@ class TreeScorer:
                 kv_caches,
                 slot_mapping[torch.from_numpy(moves.sources)],
                 slot_mapping[torch.from_numpy(moves.targets)],
+                isa=isa,
             )
         return moves
 

@@ -9,7 +9,7 @@ from .tree_attention_cpu import launch, tail_of
 def draft_attention_cpu(
     # [num_tokens, num_heads, head_size]; rows may be strided, the last dimension not
     query: torch.Tensor,
-    # [num_blocks, num_kv_heads, block_size, head_size]: vLLM's key half of a `vec` cache
+    # [num_blocks, num_kv_heads, block_size, head_size]: vLLM's key half of a cache
     key_cache: torch.Tensor,
     # [num_blocks, num_kv_heads, block_size, head_size]
     value_cache: torch.Tensor,
@@ -28,10 +28,12 @@ def draft_attention_cpu(
     # [num_tokens, max_tail], int32: scratch rows that a row sees, packed in front, -1 padded
     tail_index: torch.Tensor,
     scale: float,
+    *,
+    isa: str = "vec",
 ) -> None:
     """Attends tree nodes of a draft head to their request's pages and to their ancestors' scratch.
 
-    The layout of the pages is that of `tree_attention_cpu`. Called once a layer and level, so only
+    The layout of the pages (`isa`) is that of `tree_attention_cpu`. Called once a layer and level, so only
     what would be read wrongly without a trace is checked.
 
     Raises:
@@ -51,4 +53,5 @@ def draft_attention_cpu(
         scale,
         0,
         tail_of(scratch_key, scratch_value, tail_index),
+        isa=isa,
     )

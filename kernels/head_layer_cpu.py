@@ -114,7 +114,7 @@ def head_layer_cpu(
     positions: torch.Tensor,
     # [num_rows, hidden_size], contiguous
     hidden: torch.Tensor,
-    # [num_blocks, num_kv_heads, block_size, head_size]: vLLM's key half of a `vec` cache
+    # [num_blocks, num_kv_heads, block_size, head_size]: vLLM's key half of a cache
     key_cache: torch.Tensor,
     # [num_blocks, num_kv_heads, block_size, head_size]
     value_cache: torch.Tensor,
@@ -134,11 +134,13 @@ def head_layer_cpu(
     tail_index: torch.Tensor,
     # [num_rows], int64: pages that take the keys and values, too
     slots: torch.Tensor | None = None,
+    *,
+    isa: str = "vec",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(normed output for the logits, output for the next level), each [num_rows, hidden_size].
 
     Writes keys and values of its rows into the scratch and, with ``slots``, into the pages. The pages are laid out as
-    for `tree_attention_cpu`, attention is that of `draft_attention_cpu`. Called once a level, so only what would be
+    for `tree_attention_cpu` (`isa`), attention is that of `draft_attention_cpu`. Called once a level, so only what would be
     read wrongly without a trace is checked.
 
     Raises:
@@ -176,9 +178,10 @@ def head_layer_cpu(
         weights.scale,
         0,
         tail_of(scratch_key, scratch_value, tail_index),
+        isa=isa,
         num_heads=weights.num_heads,
         head_size=weights.head_size,
     )
     failed = c_entry("heterospec_head_layer")(weights.packed + arguments + attention)
-    assert not failed
+    assert not failed, f"{hidden.dtype} with isa {isa}"
     return normed, output

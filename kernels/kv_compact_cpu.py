@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Moves accepted tokens' keys and values between slots of vLLM's `vec` pages (C++, csrc/)."""
+"""Moves accepted tokens' keys and values between slots of vLLM's pages (C++, csrc/)."""
 
 import struct
 from collections.abc import Sequence
@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from .cpu_library import c_entry
+from .tree_attention_cpu import ISA_CODES
 
-_PACK = struct.Struct("=8q3Q").pack  # csrc/kv_compact.hpp: CompactArguments
+_PACK = struct.Struct("=9q3Q").pack  # csrc/kv_compact.hpp: CompactArguments
 
 
 def kv_compact_cpu(
@@ -18,11 +19,13 @@ def kv_compact_cpu(
     sources: torch.Tensor,
     # [num_moves], int64 slots; a target must not be a later source
     targets: torch.Tensor,
+    *,
+    isa: str = "vec",
 ) -> None:
     """Copies slot `sources[i]` to slot `targets[i]` in every layer, one move after the other.
 
-    A (block, head) holds its keys as [head_size, block_size] and behind them its values as
-    [block_size, head_size], whatever the tensor's shape says (vLLM's isa "vec").
+    A (block, head) holds its keys and behind them its values, laid out by vLLM's `isa` as for
+    `tree_attention_cpu`, whatever the tensor's shape says.
 
     Raises:
         LibraryUnavailable: the kernel cannot be built.
@@ -36,6 +39,7 @@ def kv_compact_cpu(
     failed = c_entry("heterospec_kv_compact")(
         _PACK(
             first.element_size(),
+            ISA_CODES[isa],
             len(kv_caches),
             sources.shape[0],
             num_kv_heads,

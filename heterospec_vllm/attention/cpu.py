@@ -9,6 +9,7 @@ rest.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
 import torch
@@ -100,13 +101,13 @@ class HeteroSpecCPUAttentionBackend(CPUAttentionBackend):
 
 
 class HeteroSpecCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
-    """vLLM's builder, with the ``vec`` KV layout only and a place for the rows that our op takes."""
+    """vLLM's builder with a place for the rows that our op takes."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.isa: str
-        if self.isa == "amx":
-            # AMX tiles K and V; vec's plain layout is the one that our op reads.
+        if self.isa == "amx" and not is_available():
+            # Without a compiler drafts attend in PyTorch, which reads vec's plain layout.
             self.isa = "vec"
             self._set_isa_to_layers(self.layer_names)
         self.masked_rows: MaskedRows | None = None
@@ -189,6 +190,7 @@ class HeteroSpecCPUAttentionImpl(CPUAttentionBackendImpl):
             rows.block_table,
             rows.ancestor_mask,
             self.scale,
+            isa=layer.isa,
         )
         if metadata.rest is not None:
             super().forward(
@@ -210,7 +212,11 @@ class HeteroSpecCPUAttentionImpl(CPUAttentionBackendImpl):
         scratch_value[metadata.scratch_rows] = value
         key_pages, value_pages = self.key_value_pages(kv_cache)
         # Without a compiler chains are drafted, whose levels have one row a request.
-        attend = draft_attention_cpu if is_available() else reference.draft_attention
+        attend = (
+            functools.partial(draft_attention_cpu, isa=layer.isa)
+            if is_available()
+            else reference.draft_attention
+        )
         attend(
             query,
             key_pages,

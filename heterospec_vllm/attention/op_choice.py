@@ -36,13 +36,13 @@ class OpChoice:
 VLLMS = OpChoice(decodes=False, prompts=False)
 
 
-def choose_op(heads: Heads, dtype: torch.dtype) -> OpChoice:
-    """Times both ops on a layer of this shape, one to three seconds in all."""
+def choose_op(heads: Heads, dtype: torch.dtype, isa: str) -> OpChoice:
+    """Times both ops on a layer of this shape, its pages laid out by ``isa``; one to three seconds in all."""
     start = time.perf_counter()
-    decodes = measure(DECODES, heads, dtype, SECONDS, check=False).ratio
+    decodes = measure(DECODES, heads, dtype, SECONDS, isa=isa, check=False).ratio
     # Products, not keys, are what takes time here, so the caches do not matter.
     prompts = measure(
-        PROMPTS, heads, dtype, SECONDS, piece_rows=PIECE_ROWS, copies=4, check=False
+        PROMPTS, heads, dtype, SECONDS, piece_rows=PIECE_ROWS, copies=4, isa=isa, check=False
     ).ratio
     choice = OpChoice(decodes=decodes < WORTH, prompts=prompts < WORTH)
     logger.info(

@@ -120,13 +120,17 @@ def measure(
     *,
     piece_rows: int = kernel.MAX_ROWS,
     copies: int = MAX_COPIES,
+    isa: str = "vec",
     check: bool = True,
 ) -> Timing:
     """Times both ops for about ``seconds``, and at least ``MIN_ROUNDS`` rounds.
 
     ``piece_rows``: most rows of a request that our op takes in one piece. ``copies``: most of the KV cache.
+    ``isa``: vLLM's name of the pages' layout.
     """
-    calls = build_calls(case, heads, dtype, piece_rows=piece_rows, copies=copies, check=check)
+    calls = build_calls(
+        case, heads, dtype, piece_rows=piece_rows, copies=copies, isa=isa, check=check
+    )
     vllm: list[float] = []
     ours: list[float] = []
     deadline = time.perf_counter() + seconds
@@ -137,19 +141,28 @@ def measure(
 
 
 def build_calls(
-    case: Case, heads: Heads, dtype: torch.dtype, *, piece_rows: int, copies: int, check: bool
+    case: Case,
+    heads: Heads,
+    dtype: torch.dtype,
+    *,
+    piece_rows: int,
+    copies: int,
+    isa: str = "vec",
+    check: bool,
 ) -> Calls:
     """Both ops over as many copies of the KV cache as do not fit in the caches; may check that the outputs agree."""
     batch = _Batch.of(case, heads, dtype, piece_rows)
     shape = (batch.table.numel(), heads.num_kv_heads, 2 * BLOCK_SIZE, heads.head_size)
     cache_bytes = torch.Size(shape).numel() * dtype.itemsize
-    metadata = _vllm_metadata(batch, heads)
+    if isa == "amx":
+        torch.cpu._init_amx()  # a process must ask for tiles once, and oneDNN may not have done so yet
+    metadata = _vllm_metadata(batch, heads, isa)
     calls = Calls([], [])
     for _ in range(max(1, min(copies, CACHED_BYTES // cache_bytes))):
         keys, values = torch.empty(shape, dtype=dtype).normal_().chunk(2, dim=2)
         out_vllm, out_ours = torch.empty_like(batch.query), torch.empty_like(batch.query)
         call_vllm = _vllm_call(batch, keys, values, out_vllm, metadata)
-        call_ours = _our_call(batch, keys, values, out_ours)
+        call_ours = _our_call(batch, keys, values, out_ours, isa)
         call_vllm()
         call_ours()
         if check:
@@ -159,7 +172,7 @@ def build_calls(
     return calls
 
 
-def _vllm_metadata(batch: _Batch, heads: Heads) -> torch.Tensor:
+def _vllm_metadata(batch: _Batch, heads: Heads, isa: str) -> torch.Tensor:
     return ops.cpu_attn_get_scheduler_metadata(
         num_reqs=batch.seq_lens.shape[0],
         num_heads=heads.num_heads,
@@ -170,7 +183,7 @@ def _vllm_metadata(batch: _Batch, heads: Heads) -> torch.Tensor:
         query_start_loc=batch.starts,
         causal=True,
         sliding_window_size=-1,
-        isa="vec",
+        isa=isa,
         enable_kv_split=True,
     )
 
@@ -198,13 +211,14 @@ def _our_call(
     keys: torch.Tensor,  # [num_blocks, num_kv_heads, BLOCK_SIZE, head_size], as values
     values: torch.Tensor,
     out: torch.Tensor,  # [num_tokens, num_heads, head_size]
+    isa: str,
 ) -> Callable[[], None]:
     scale, masked = batch.query.shape[-1] ** -0.5, batch.masked
 
     def call() -> None:
         kernel.tree_attention_cpu(
             batch.query, keys, values, out, masked.query_start_loc, masked.seq_lens,
-            masked.block_table, masked.ancestor_mask, scale,
+            masked.block_table, masked.ancestor_mask, scale, isa=isa,
         )  # fmt: skip
 
     return call

@@ -65,7 +65,9 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
     def prepare_drafting(self) -> None:
         super().prepare_drafting()
         if self._draws_trees():
-            self._op_choice = choose_op(Heads.of(self.vllm_config), self.model_config.dtype)
+            self._op_choice = choose_op(
+                Heads.of(self.vllm_config), self.model_config.dtype, self._isa
+            )
 
     def _request(self, req_id: str) -> CachedRequestState:
         return self.requests[req_id]
@@ -187,7 +189,7 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
         slot_mapping = self.input_batch.block_table[self.drafter.kv_cache_gid].slot_mapping.gpu
         with CLOCK.span("compaction"):
             moves = self.scorer.compact(
-                step.walked, step.root_rows, slot_mapping, self._target_kv_caches()
+                step.walked, step.root_rows, slot_mapping, self._target_kv_caches(), self._isa
             )
         with CLOCK.span("counters"):
             self.counters.record_walk(step.trees, step.walked, moves.num_moves)
@@ -236,6 +238,12 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
                 context[n].kv_cache for n in names if n not in draft_layers
             ]
         return self._kv_caches_of_target
+
+    @property
+    def _isa(self) -> str:
+        """vLLM's name of the layout of the pages, which our attention's builder leaves on every layer."""
+        name = self.kv_cache_config.kv_cache_groups[0].layer_names[0]
+        return self.compilation_config.static_forward_context[name].isa
 
     def initialize_kv_cache(self, *args, **kwargs) -> None:
         self._kv_caches_of_target = []

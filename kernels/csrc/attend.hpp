@@ -10,7 +10,7 @@
 #include <memory>
 #include <new>
 
-#include "gemm.hpp"
+#include "pages.hpp"
 
 namespace heterospec {
 
@@ -19,7 +19,7 @@ constexpr int kMaxPieces = kChunk / kLanes;
 
 // Field order and sizes are those of `_PACK` in tree_attention_cpu.py. Strides count elements.
 struct Arguments {
-  int64_t dtype, num_threads;
+  int64_t dtype, isa, num_threads;  // isa: 0 `vec`, 1 `amx` (pages.hpp)
   const void *query, *key_cache, *value_cache;
   void* output;
   const int32_t *query_start_loc, *seq_lens, *block_table;
@@ -65,14 +65,15 @@ struct Partial {
   static int64_t floats(int64_t rows, int64_t head_size) { return rows * (2 + head_size); }
 };
 
-template <typename T>
+template <typename T, typename Pages>
 class Attend {
   using L = typename Left<T>::type;
+  using Matrix = typename Pages::template Matrix<T>;
   using Bits = unsigned __int128;
   static_assert(kChunk <= 128, "one bit a key of the chunk");
 
   struct Piece {  // keys of a chunk that lie in one cache block
-    const T *keys, *values;
+    Matrix keys, values;
     int offset, size;  // offset: within the chunk
   };
   struct Chunk {
@@ -86,6 +87,7 @@ class Attend {
  public:
   explicit Attend(const Arguments& args)
       : args_(args),
+        pages_{args.head_size, args.block_size},
         dim_(int(args.head_size)),
         group_(int(args.num_heads / args.num_kv_heads)),
         exponent_scale_(float(args.scale * 1.4426950408889634)) {}
@@ -222,10 +224,13 @@ class Attend {
       Piece& piece = c.pieces[c.num_pieces++];
       piece.offset = int(position - c.first);
       piece.size = int(std::min(args_.block_size - inside, end - position));
-      piece.keys = static_cast<const T*>(args_.key_cache) + block * args_.key_block_stride +
-                   kv_head * args_.key_head_stride + inside;
-      piece.values = static_cast<const T*>(args_.value_cache) + block * args_.value_block_stride +
-                     kv_head * args_.value_head_stride + inside * dim_;
+      piece.keys = pages_.keys(static_cast<const T*>(args_.key_cache) +
+                                   block * args_.key_block_stride + kv_head * args_.key_head_stride,
+                               inside);
+      piece.values = pages_.values(static_cast<const T*>(args_.value_cache) +
+                                       block * args_.value_block_stride +
+                                       kv_head * args_.value_head_stride,
+                                   inside);
       position += piece.size;
     }
     for (int p = c.num_pieces; p < kMaxPieces; ++p) c.pieces[p] = c.pieces[0];
@@ -240,8 +245,8 @@ class Attend {
     for (int p = 0; p < c.num_pieces; ++p) {
       const Piece& piece = c.pieces[p];
       const int columns = (piece.size + kLanes - 1) / kLanes * kLanes;
-      gemm<T>(count, query_ + tile * dim_, dim_, piece.keys, int(args_.block_size),
-              scores + piece.offset, kChunk, columns, dim_, nullptr, ahead.pieces[p].keys);
+      gemm(count, query_ + tile * dim_, dim_, piece.keys, scores + piece.offset, kChunk, columns,
+           dim_, nullptr, ahead.pieces[p].keys);
     }
     for (int r = 0; r < count; ++r) {
       const Bits seen = c.masked ? visible(c, tile + r) : ~Bits{0};
@@ -311,8 +316,9 @@ class Attend {
     }
     for (int p = 0; p < c.num_pieces && c.pieces[p].offset < c.dense; ++p) {
       const Piece& piece = c.pieces[p];
-      gemm<T>(count, weights + piece.offset, kChunk, piece.values, dim_, values, dim_, dim_,
-              std::min(piece.size, c.dense - piece.offset), p == 0 ? keep : kOnes.factor, ahead.pieces[p].values);
+      gemm(count, weights + piece.offset, kChunk, piece.values, values, dim_, dim_,
+           std::min(piece.size, c.dense - piece.offset), p == 0 ? keep : kOnes.factor,
+           ahead.pieces[p].values);
     }
   }
 
@@ -327,16 +333,16 @@ class Attend {
       int d = 0;
       constexpr int kWide = 8 * kLanesOf<vf> / kLanes;  // eight registers accumulate
       for (; d + kWide * kLanes <= dim_; d += kWide * kLanes)
-        add_columns<kWide>(here, w, piece.values + d, values + d);
+        add_columns<kWide>(here, w, piece.values.from_column(d), values + d);
       if constexpr (kWide == 8)
         for (; d + 4 * kLanes <= dim_; d += 4 * kLanes)
-          add_columns<4>(here, w, piece.values + d, values + d);
-      for (; d < dim_; d += kLanes) add_columns<1>(here, w, piece.values + d, values + d);
+          add_columns<4>(here, w, piece.values.from_column(d), values + d);
+      for (; d < dim_; d += kLanes) add_columns<1>(here, w, piece.values.from_column(d), values + d);
     }
   }
 
   template <int kVectors>
-  void add_columns(Bits keys, const L* weights, const T* from, float* values) {
+  void add_columns(Bits keys, const L* weights, Matrix from, float* values) {
     vf16 acc[kVectors];
     for (int v = 0; v < kVectors; ++v) acc[v] = load(values + v * kLanes);
     for (int word = 0; word < 2; ++word) {
@@ -345,13 +351,14 @@ class Attend {
         const int key = 64 * word + __builtin_ctzll(bits);
         const float weight = to_float(weights[key]);
         for (int v = 0; v < kVectors; ++v)
-          acc[v] += load(from + int64_t(key) * dim_ + v * kLanes) * weight;
+          acc[v] += from.at(key, v * kLanes) * weight;
       }
     }
     for (int v = 0; v < kVectors; ++v) store(values + v * kLanes, acc[v]);
   }
 
   const Arguments& args_;
+  const Pages pages_;
   const int dim_, group_;
   const float exponent_scale_;
   int64_t req_ = 0, kv_head_ = 0, first_row_ = 0, context_ = 0;

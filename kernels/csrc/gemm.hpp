@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// C[rows, columns] (+)= A[rows, depth] * B[depth, columns], B row-major with a stride, in register
-// tiles of up to kTileRows rows and kTileVectors vectors of columns. Both products of attention have this shape in vLLM's `vec` layout:
-// scores = Q * K with K stored [head_size, block_size], and output += P * V with V [keys, head_size].
+// C[rows, columns] (+)= A[rows, depth] * B[depth, columns], in register tiles of up to kTileRows rows and kTileVectors
+// vectors of columns. Both products of attention have this shape, scores = Q * K and output += P * V; how B lies in
+// memory is the cache's matter (pages.hpp): `Rows` or `Panels`.
 #pragma once
+
+#include <type_traits>
 
 #include "simd.hpp"
 
@@ -29,16 +31,88 @@ struct Left<bf16> {
 };
 #endif
 
-template <int kVectors, typename T>
-HETEROSPEC_INLINE void prefetch(const T* from) {
-  for (size_t i = 0; i < kVectors * kLanes; i += 64 / sizeof(T)) __builtin_prefetch(from + i, 0, 2);
-}
+// B row-major with a stride.
+template <typename T>
+struct Rows {
+  const T* data;
+  int64_t stride;
+  // What `pairs` gives is in the order of 128-bit lanes 0 2 4 6 | 1 3 5 7.
+  static constexpr bool kLaneOrder = true;
+
+  HETEROSPEC_INLINE Rows from_column(int64_t column) const { return {data + column, stride}; }
+  HETEROSPEC_INLINE vf16 at(int64_t row, int64_t column) const {
+    return load(data + row * stride + column);
+  }
+  // Brings rows `row` and `row + 1` of kVectors vectors into the cache.
+  template <int kVectors>
+  HETEROSPEC_INLINE void prefetch(int64_t row) const {
+    for (int64_t r = row; r < row + 2; ++r)
+      for (size_t i = 0; i < kVectors * kLanes; i += 64 / sizeof(T))
+        __builtin_prefetch(data + r * stride + i, 0, 2);
+  }
+#if defined(HETEROSPEC_BF16_DOT)
+  // Rows `row` and `row + 1` interleaved, as a bfloat16 product takes them.
+  template <int kVectors>
+  HETEROSPEC_INLINE void pairs(int64_t row, __m512i out[kVectors]) const {
+    const T *x = data + row * stride, *y = x + stride;
+    if constexpr (kVectors == 2) {
+      const __m512i a = load_raw<__m512i>(x), b = load_raw<__m512i>(y);
+      out[0] = _mm512_unpacklo_epi16(a, b);
+      out[1] = _mm512_unpackhi_epi16(a, b);
+    } else {
+      const __m256i a = load_raw<__m256i>(x), b = load_raw<__m256i>(y);
+      out[0] = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_unpacklo_epi16(a, b)),
+                                  _mm256_unpackhi_epi16(a, b), 1);
+    }
+  }
+#endif
+};
+
+// B in panels of kLanes columns, `stride` elements apart, each [depth / 2][kLanes][2]: pairs of rows side by side.
+template <typename T>
+struct Panels {
+  const T* data;
+  int64_t stride;
+  static constexpr bool kLaneOrder = false;
+
+  HETEROSPEC_INLINE Panels from_column(int64_t column) const {
+    return {data + column / kLanes * stride, stride};
+  }
+  HETEROSPEC_INLINE vf16 at(int64_t row, int64_t column) const {
+    const T* from = pair(row, column);
+#if defined(HETEROSPEC_AVX512)
+    if constexpr (std::is_same_v<T, bf16>) {
+      const __m512i both = load_raw<__m512i>(from);
+      return (vf16)(row % 2 ? _mm512_and_si512(both, _mm512_set1_epi32(int(0xffff0000u)))
+                            : _mm512_slli_epi32(both, 16));
+    }
+#endif
+    T lanes[kLanes];
+    for (int i = 0; i < kLanes; ++i) lanes[i] = from[2 * i + row % 2];
+    return load(lanes);
+  }
+  template <int kVectors>
+  HETEROSPEC_INLINE void prefetch(int64_t row) const {
+    for (int v = 0; v < kVectors; ++v) __builtin_prefetch(pair(row, v * kLanes), 0, 2);
+  }
+#if defined(HETEROSPEC_BF16_DOT)
+  template <int kVectors>
+  HETEROSPEC_INLINE void pairs(int64_t row, __m512i out[kVectors]) const {
+    for (int v = 0; v < kVectors; ++v) out[v] = load_raw<__m512i>(pair(row, v * kLanes));
+  }
+#endif
+
+ private:
+  HETEROSPEC_INLINE const T* pair(int64_t row, int64_t column) const {
+    return data + column / kLanes * stride + row / 2 * (2 * kLanes);
+  }
+};
 
 // `keep` null: C is overwritten. Otherwise row r of C is first multiplied by keep[r].
-// `ahead`: memory with B's shape and stride that is wanted soon, fetched meanwhile (any address).
-template <typename T, int kRows, int kVectors>
-void gemm_tile(const float* a, int lda, const T* b, int ldb, float* c, int ldc, int depth,
-               const float* keep, const T* ahead) {
+// `ahead`: a matrix like B that is wanted soon, fetched meanwhile (any address).
+template <int kRows, int kVectors, typename B>
+void gemm_tile(const float* a, int lda, B b, float* c, int ldc, int depth, const float* keep,
+               B ahead) {
   vf16 acc[kRows][kVectors];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)
@@ -48,8 +122,8 @@ void gemm_tile(const float* a, int lda, const T* b, int ldb, float* c, int ldc, 
   for (int k = 0; k < depth; ++k) {
     vf16 right[kVectors];
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) right[v] = load(b + int64_t(k) * ldb + v * kLanes);
-    prefetch<kVectors>(ahead + int64_t(k) * ldb);
+    for (int v = 0; v < kVectors; ++v) right[v] = b.at(k, v * kLanes);
+    if (k % 2 == 0) ahead.template prefetch<kVectors>(k);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
@@ -62,21 +136,7 @@ void gemm_tile(const float* a, int lda, const T* b, int ldb, float* c, int ldc, 
 }
 
 #if defined(HETEROSPEC_BF16_DOT)
-// Interleaving two rows of B leaves the columns in the order of 128-bit lanes 0 2 4 6 | 1 3 5 7;
-// C is brought into that order when loaded and back when stored.
-template <int kVectors>
-HETEROSPEC_INLINE void interleave(const bf16* x, const bf16* y, __m512i out[kVectors]) {
-  if constexpr (kVectors == 2) {
-    const __m512i a = load_raw<__m512i>(x), b = load_raw<__m512i>(y);
-    out[0] = _mm512_unpacklo_epi16(a, b);
-    out[1] = _mm512_unpackhi_epi16(a, b);
-  } else {
-    const __m256i a = load_raw<__m256i>(x), b = load_raw<__m256i>(y);
-    out[0] = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_unpacklo_epi16(a, b)),
-                                _mm256_unpackhi_epi16(a, b), 1);
-  }
-}
-
+// C is brought into the order that `Rows::pairs` leaves when loaded, and back when stored.
 template <int kVectors>
 HETEROSPEC_INLINE void to_lane_order(__m512 v[kVectors]) {
   if constexpr (kVectors == 2) {
@@ -101,23 +161,21 @@ HETEROSPEC_INLINE void from_lane_order(__m512 v[kVectors]) {
 }
 
 // As above with bfloat16 products and float sums; depth, lda even.
-template <typename T, int kRows, int kVectors>
-void gemm_tile(const bf16* a, int lda, const bf16* b, int ldb, float* c, int ldc, int depth,
-               const float* keep, const bf16* ahead) {
+template <int kRows, int kVectors, typename B>
+void gemm_tile(const bf16* a, int lda, B b, float* c, int ldc, int depth, const float* keep,
+               B ahead) {
   __m512 acc[kRows][kVectors];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v)
       acc[r][v] = keep ? (__m512)(load(c + r * ldc + v * kLanes) * keep[r]) : _mm512_setzero_ps();
-    if (keep) to_lane_order<kVectors>(acc[r]);
+    if (B::kLaneOrder && keep) to_lane_order<kVectors>(acc[r]);
   }
   for (int k = 0; k < depth; k += 2) {
     __m512i right[kVectors];
-    const bf16* row = b + int64_t(k) * ldb;
-    interleave<kVectors>(row, row + ldb, right);
-    prefetch<kVectors>(ahead + int64_t(k) * ldb);
-    prefetch<kVectors>(ahead + int64_t(k + 1) * ldb);
+    b.template pairs<kVectors>(k, right);
+    ahead.template prefetch<kVectors>(k);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       const __m512bh left = (__m512bh)_mm512_set1_epi32(load_raw<int32_t>(a + r * lda + k));
@@ -128,34 +186,34 @@ void gemm_tile(const bf16* a, int lda, const bf16* b, int ldb, float* c, int ldc
   }
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
-    from_lane_order<kVectors>(acc[r]);
+    if (B::kLaneOrder) from_lane_order<kVectors>(acc[r]);
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) store(c + r * ldc + v * kLanes, (vf16)acc[r][v]);
   }
 }
 #endif
 
-template <typename T, int kRows>
-void gemm_rows(const typename Left<T>::type* a, int lda, const T* b, int ldb, float* c, int ldc,
-               int columns, int depth, const float* keep, const T* ahead) {
+template <int kRows, typename A, typename B>
+void gemm_rows(const A* a, int lda, B b, float* c, int ldc, int columns, int depth,
+               const float* keep, B ahead) {
   constexpr int kWidth = kTileVectors * kLanes;
   int column = 0;
   for (; column + kWidth <= columns; column += kWidth)
-    gemm_tile<T, kRows, kTileVectors>(a, lda, b + column, ldb, c + column, ldc, depth, keep,
-                                      ahead + column);
+    gemm_tile<kRows, kTileVectors>(a, lda, b.from_column(column), c + column, ldc, depth, keep,
+                                   ahead.from_column(column));
   for (; column < columns; column += kLanes)
-    gemm_tile<T, kRows, 1>(a, lda, b + column, ldb, c + column, ldc, depth, keep, ahead + column);
+    gemm_tile<kRows, 1>(a, lda, b.from_column(column), c + column, ldc, depth, keep,
+                        ahead.from_column(column));
 }
 
-// rows in 1..kTileRows; columns a multiple of 16.
-template <typename T, int kRows = kTileRows>
-void gemm(int rows, const typename Left<T>::type* a, int lda, const T* b, int ldb, float* c,
-          int ldc, int columns, int depth, const float* keep, const T* ahead) {
+// rows in 1..kTileRows; columns a multiple of 16. A: `Left` of what B holds.
+template <int kRows = kTileRows, typename A, typename B>
+void gemm(int rows, const A* a, int lda, B b, float* c, int ldc, int columns, int depth,
+          const float* keep, B ahead) {
   if constexpr (kRows > 1) {
-    if (rows < kRows)
-      return gemm<T, kRows - 1>(rows, a, lda, b, ldb, c, ldc, columns, depth, keep, ahead);
+    if (rows < kRows) return gemm<kRows - 1>(rows, a, lda, b, c, ldc, columns, depth, keep, ahead);
   }
-  gemm_rows<T, kRows>(a, lda, b, ldb, c, ldc, columns, depth, keep, ahead);
+  gemm_rows<kRows>(a, lda, b, c, ldc, columns, depth, keep, ahead);
 }
 
 }  // namespace heterospec

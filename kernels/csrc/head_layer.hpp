@@ -27,7 +27,7 @@ struct HeadArguments {
   Arguments attention;                   // its query and output are this layer's own
 };
 
-template <typename T>
+template <typename T, typename Pages>
 class HeadLayer {
   using L = typename Left<T>::type;
 
@@ -57,7 +57,7 @@ class HeadLayer {
   void run() {
 #pragma omp parallel
     before_attention();
-    heterospec::run<T>(attention_);
+    heterospec::run<T, Pages>(attention_);
 #pragma omp parallel
     after_attention();
   }
@@ -137,14 +137,17 @@ class HeadLayer {
     convert(heads + query_size_, keys, kv_size_);
     convert(heads + query_size_ + kv_size_, values, kv_size_);
     if (args_.slots == nullptr) return;
+    const Pages pages{dim, a.block_size};
     const int64_t block = args_.slots[r] / a.block_size, inside = args_.slots[r] % a.block_size;
     for (int64_t h = 0; h < a.num_kv_heads; ++h) {
       T* key_page = static_cast<T*>(const_cast<void*>(a.key_cache)) + block * a.key_block_stride +
                     h * a.key_head_stride;
       T* value_page = static_cast<T*>(const_cast<void*>(a.value_cache)) +
                       block * a.value_block_stride + h * a.value_head_stride;
-      for (int64_t d = 0; d < dim; ++d) key_page[d * a.block_size + inside] = keys[h * dim + d];
-      std::copy_n(values + h * dim, dim, value_page + inside * dim);
+      for (int64_t d = 0; d < dim; ++d) {
+        key_page[pages.key(inside, d)] = keys[h * dim + d];
+        value_page[pages.value(inside, d)] = values[h * dim + d];
+      }
     }
   }
 

@@ -10,24 +10,39 @@
 
 #define HETEROSPEC_EXPORT extern "C" __attribute__((visibility("default")))
 
-// Returns 0, or 1 for a dtype code it does not know.
-HETEROSPEC_EXPORT int heterospec_tree_attention(const heterospec::Arguments* args) {
-  switch (args->dtype) {
-    case 0: heterospec::run<float>(*args); return 0;
-    case 1: heterospec::run<heterospec::bf16>(*args); return 0;
-    case 2: heterospec::run<heterospec::f16>(*args); return 0;
+namespace {
+
+// vLLM tiles bfloat16 caches only.
+constexpr int64_t kVec = 0, kAmx = 1;
+
+template <typename Call>
+int with_types(int64_t dtype, int64_t isa, Call call) {
+  using namespace heterospec;
+  if (isa == kAmx && dtype == 1) return call(bf16{}, AmxPages{}), 0;
+  if (isa != kVec) return 1;
+  switch (dtype) {
+    case 0: return call(float{}, VecPages{}), 0;
+    case 1: return call(bf16{}, VecPages{}), 0;
+    case 2: return call(f16{}, VecPages{}), 0;
     default: return 1;
   }
 }
 
-// Returns 0, or 1 for a dtype code it does not know.
+}  // namespace
+
+// Returns 0, or 1 for a dtype or isa code it does not know.
+HETEROSPEC_EXPORT int heterospec_tree_attention(const heterospec::Arguments* args) {
+  return with_types(args->dtype, args->isa, [&](auto type, auto pages) {
+    heterospec::run<decltype(type), decltype(pages)>(*args);
+  });
+}
+
+// Returns 0, or 1 for a dtype or isa code it does not know.
 HETEROSPEC_EXPORT int heterospec_head_layer(const heterospec::HeadArguments* args) {
-  switch (args->attention.dtype) {
-    case 0: heterospec::HeadLayer<float>(*args).run(); return 0;
-    case 1: heterospec::HeadLayer<heterospec::bf16>(*args).run(); return 0;
-    case 2: heterospec::HeadLayer<heterospec::f16>(*args).run(); return 0;
-    default: return 1;
-  }
+  const heterospec::Arguments& attention = args->attention;
+  return with_types(attention.dtype, attention.isa, [&](auto type, auto pages) {
+    heterospec::HeadLayer<decltype(type), decltype(pages)>(*args).run();
+  });
 }
 
 // Returns 0, or 1 for a dtype code it does not know.
@@ -50,9 +65,13 @@ HETEROSPEC_EXPORT int heterospec_fuse_taps(const heterospec::TapArguments* args)
   }
 }
 
-// Returns 0, or 1 for an element size it does not know.
+// Returns 0, or 1 for an element size or isa code it does not know.
 HETEROSPEC_EXPORT int heterospec_kv_compact(const heterospec::CompactArguments* args) {
-  return heterospec::compact(*args);
+  switch (args->isa) {
+    case kVec: return heterospec::compact<heterospec::VecPages>(*args);
+    case kAmx: return heterospec::compact<heterospec::AmxPages>(*args);
+    default: return 1;
+  }
 }
 
 // Returns 0, or 1 for an element size it does not know.

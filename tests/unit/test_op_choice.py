@@ -30,7 +30,7 @@ def test_ours_where_it_is_clearly_faster(monkeypatch, decodes, prompts, choice) 
         return Timing(vllm=2.0, ours=2.0 * ratios[case])
 
     monkeypatch.setattr(op_choice, "measure", measure)
-    assert choose_op(HEADS, torch.float32) == choice
+    assert choose_op(HEADS, torch.float32, "vec") == choice
 
 
 @needs_kernel
