@@ -140,8 +140,8 @@ def head_layer_cpu(
     """(normed output for the logits, output for the next level), each [num_rows, hidden_size].
 
     Writes keys and values of its rows into the scratch and, with ``slots``, into the pages. The pages are laid out as
-    for `tree_attention_cpu` (`isa`), attention is that of `draft_attention_cpu`. Called once a level, so only what would be
-    read wrongly without a trace is checked.
+    for `tree_attention_cpu` (`isa`), attention is that of `draft_attention_cpu`. Called once a level, so only what
+    would be read wrongly without a trace is checked.
 
     Raises:
         LibraryUnavailable: the kernel cannot be built.

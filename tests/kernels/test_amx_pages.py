@@ -4,6 +4,9 @@
 import math
 
 import pytest
+import test_draft_attention_cpu as drafts
+import test_head_layer_cpu as heads
+import test_tree_attention_cpu as trees
 import torch
 
 from heterospec_vllm.kernels import reference
@@ -11,9 +14,6 @@ from heterospec_vllm.kernels.draft_attention_cpu import draft_attention_cpu
 from heterospec_vllm.kernels.head_layer_cpu import head_layer_cpu
 from heterospec_vllm.kernels.kv_compact_cpu import kv_compact_cpu
 from heterospec_vllm.kernels.tree_attention_cpu import tree_attention_cpu
-import test_draft_attention_cpu as drafts
-import test_head_layer_cpu as heads
-import test_tree_attention_cpu as trees
 
 pytestmark = pytest.mark.usefixtures("cpu_build")
 
