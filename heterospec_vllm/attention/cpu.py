@@ -9,7 +9,6 @@ rest.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, field
 
 import torch
@@ -211,13 +210,7 @@ class HeteroSpecCPUAttentionImpl(CPUAttentionBackendImpl):
         scratch_key[metadata.scratch_rows] = key
         scratch_value[metadata.scratch_rows] = value
         key_pages, value_pages = self.key_value_pages(kv_cache)
-        # Without a compiler chains are drafted, whose levels have one row a request.
-        attend = (
-            functools.partial(draft_attention_cpu, isa=layer.isa)
-            if is_available()
-            else reference.draft_attention
-        )
-        attend(
+        arguments = (
             query,
             key_pages,
             value_pages,
@@ -230,4 +223,9 @@ class HeteroSpecCPUAttentionImpl(CPUAttentionBackendImpl):
             metadata.tail_index,
             self.scale,
         )
+        if is_available():
+            draft_attention_cpu(*arguments, isa=layer.isa)
+        else:
+            # Chains are drafted then, whose levels have one row a request.
+            reference.draft_attention(*arguments)
         return output

@@ -241,9 +241,8 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
 
     @property
     def _isa(self) -> str:
-        """vLLM's name of the layout of the pages, which our attention's builder leaves on every layer."""
-        name = self.kv_cache_config.kv_cache_groups[0].layer_names[0]
-        return self.compilation_config.static_forward_context[name].isa
+        """vLLM's name of the layout of the pages, the same in every layer."""
+        return self._builders()[0].isa
 
     def initialize_kv_cache(self, *args, **kwargs) -> None:
         self._kv_caches_of_target = []
