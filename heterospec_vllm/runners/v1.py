@@ -116,7 +116,8 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
         num_scheduled = scheduler_output.num_scheduled_tokens
         drafts = self._step.verified if self._draws_trees() else {}
         by_rows = [choice.decodes if num_scheduled[r] == 1 else choice.prompts for r in req_ids]
-        return np.array(by_rows) | np.array([r in drafts for r in req_ids])
+        # Bool also for a step that only ends requests and has none.
+        return np.logical_or(by_rows, [r in drafts for r in req_ids])
 
     # ---- step: inputs and attention
 

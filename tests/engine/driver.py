@@ -42,6 +42,8 @@ def main(job_file: str, out_file: str) -> None:
             llm.collective_rpc("heterospec_counters", kwargs={"reset": True})
         preemptions = _metric(llm, "vllm:num_preemptions")
         answers = _run(llm, run)
+        # As a server's loop does: a step without requests, which tells the worker that the last ended.
+        llm.llm_engine.engine_core.get_output()
         results[run["name"]] = {
             "answers": answers,
             "preemptions": _metric(llm, "vllm:num_preemptions") - preemptions,
