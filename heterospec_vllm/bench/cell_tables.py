@@ -60,7 +60,7 @@ def _cell_header(one: CellSummary) -> TableCell:
     name = cell.prompt_set if cell.concurrency == 1 else f"{cell.concurrency} at once"
     which = [] if cell.concurrency == 1 or cell.prompt_set == "mix" else [cell.prompt_set]
     noise = "plain: one round" if one.noise is None else f"plain's spread {100 * one.noise:.1f} %"
-    return TableCell((name, *which, f"{cell.num_prompts} x {cell.output_len} tokens", noise))
+    return TableCell((name, *which, f"{cell.num_prompts} x {cell.lengths} tokens", noise))
 
 
 def _entry_cell(one: CellSummary, entry: Entry | None) -> TableCell:

@@ -61,10 +61,12 @@ class Contender(Protocol):
 
 
 def phases(cell: Cell) -> tuple[int, ...]:
-    """Requests decoded at once, one call after the other."""
+    """Requests of each call, one call after the other."""
     if cell.load == "rising":
         up = [4**n for n in range(10) if 4**n <= cell.concurrency]
         return (*up, *up[-2::-1])
+    if cell.load != "batches" and cell.concurrency > 1:
+        return (cell.num_prompts,)
     full, rest = divmod(cell.num_prompts, cell.concurrency)
     return (cell.concurrency,) * full + (rest,) * bool(rest)
 
@@ -98,11 +100,13 @@ class OfflineContender:
 
     def _load(self, cell: Cell, prompts: list[SetPrompt], temperature: float) -> Load:
         ids = [p.token_ids for p in prompts]
-        return Load(ids, phases(cell), cell.output_len, temperature)
+        return Load(ids, phases(cell), cell.output_lens(), temperature, cell.concurrency)
 
     def warm_up(self, system: System, cell: Cell, prompts: list[SetPrompt], tokens: int) -> None:
         ids = [p.token_ids for p in prompts[: cell.concurrency]]
-        self.engine.run(Load(ids, (len(ids),), tokens), system.policy)
+        self.engine.run(
+            Load(ids, (len(ids),), [tokens] * len(ids), at_once=len(ids)), system.policy
+        )
 
     def run(self, system: System, cell: Cell, prompts: list[SetPrompt]) -> Outcome:
         run = self.engine.run(self._load(cell, prompts, cell.temperature), system.policy)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from itertools import islice
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -21,12 +22,13 @@ SLOWEST = 1.0  # seconds a token; a run that takes longer than all its tokens at
 
 @dataclass(frozen=True)
 class Load:
-    """What one timed run does: as many prompts at a time as ``phases`` says, prompts going round."""
+    """What one timed run does: as many prompts a call as ``phases`` says, prompts going round."""
 
     prompts: list[list[int]] = field(repr=False)
     phases: tuple[int, ...]
-    max_tokens: int
+    max_tokens: list[int]  # [num_prompts]
     temperature: float = 0.0  # above 0 every prompt has a seed of its own
+    at_once: int = 1  # most requests in the engine; the next is sent when one ends
 
     @property
     def num_requests(self) -> int:
@@ -70,7 +72,7 @@ class Engine(Child):
 
     def run(self, load: Load, policy: dict[str, Any] | None = None) -> Run:
         time.sleep(PAUSE_SECONDS)
-        tokens = sum(map(len, load.prompts)) + load.num_requests * load.max_tokens
+        tokens = sum(map(len, load.prompts)) + load.num_requests * max(load.max_tokens)
         return self.ask(60 + SLOWEST * tokens, _timed, load, policy)
 
     def teacher_forced(
@@ -114,7 +116,7 @@ def _timed(llm: Any, ours: bool, load: Load, policy: dict[str, Any] | None) -> R
     params = [
         SamplingParams(
             temperature=load.temperature,
-            max_tokens=load.max_tokens,
+            max_tokens=load.max_tokens[number],
             ignore_eos=True,
             detokenize=False,
             seed=number if load.temperature > 0 else None,
@@ -127,7 +129,7 @@ def _timed(llm: Any, ours: bool, load: Load, policy: dict[str, Any] | None) -> R
         first += size
         part = [{"prompt_token_ids": load.prompts[n]} for n in numbers]
         start = time.perf_counter()
-        outputs = llm.generate(part, [params[n] for n in numbers], use_tqdm=False)
+        outputs = _answers(llm, part, [params[n] for n in numbers], load.at_once)
         seconds.append(time.perf_counter() - start)
         token_ids += [list(output.outputs[0].token_ids) for output in outputs]
     if ours:
@@ -136,6 +138,24 @@ def _timed(llm: Any, ours: bool, load: Load, policy: dict[str, Any] | None) -> R
         after = _drafter_counters(llm)
         counters = {name: after[name] - before[name] for name in after} or None
     return Run(seconds, token_ids, counters)
+
+
+def _answers(llm: Any, prompts: list[Any], params: list[Any], at_once: int) -> list[Any]:
+    """[num_prompts] final outputs with at most ``at_once`` requests in the engine."""
+    if len(prompts) <= at_once:
+        return llm.generate(prompts, params, use_tqdm=False)
+    engine, waiting = llm.llm_engine, iter(enumerate(zip(prompts, params, strict=True)))
+    final: dict[str, Any] = {}
+    for number, (prompt, of_prompt) in islice(waiting, at_once):
+        engine.add_request(str(number), prompt, of_prompt)
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            if not output.finished:
+                continue
+            final[output.request_id] = output
+            for number, (prompt, of_prompt) in islice(waiting, 1):
+                engine.add_request(str(number), prompt, of_prompt)
+    return [final[str(number)] for number in range(len(prompts))]
 
 
 def _drafter_counters(llm: Any) -> dict[str, int]:

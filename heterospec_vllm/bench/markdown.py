@@ -117,7 +117,7 @@ def cell_markdown(one: CellSummary) -> str:
     unit = "tok/s" if is_offline(one) else "1 / E2EL p50, 1/s"
     header = ["system", f"{unit}, median", "min..max", "x plain", "rounds won", "sign test p"]
     text = (
-        f"### {cell.label}\n\n{cell.num_prompts} prompts, {cell.output_len} tokens each; plain's own "
+        f"### {cell.label}\n\n{cell.num_prompts} prompts, {cell.lengths} tokens each; plain's own "
         f"spread: {spread}.\n\n{markdown_table(header, rows)}"
     )
     found = losses([one])

@@ -21,6 +21,8 @@ GROWTH = "growth.jsonl"
 SPEC = "spec.yaml"
 
 Status = Literal["ok", "failed", "different"]
+# In the order of tables. `steady`: when a request ends the next is sent; `batches`: when all of them have ended.
+LoadName = Literal["steady", "batches", "rising", "prefill"]
 
 
 class _Record(BaseModel):
@@ -35,12 +37,35 @@ class Cell(_Record):
     mode: Literal["offline", "serving"] = "offline"
     target: str  # its name in tables
     prompt_set: str  # a name of the spec's `prompts` or `mixes`
-    load: Literal["steady", "rising", "prefill"] = "steady"
+    load: LoadName = "steady"
     concurrency: int  # most requests at once; for open-loop arrivals the server's bound
     request_rate: float | None = None  # serving: requests a second, Poisson; None: closed loop
     temperature: float
     output_len: int
+    range_ratio: float = (
+        0.0  # answers are between `output_len * (1 - ratio)` and `output_len * (1 + ratio)` long
+    )
     num_prompts: int
+
+    def output_lens(self) -> list[int]:
+        """[num_prompts] tokens of each answer: evenly spread, neighbours far apart, the same for every system."""
+        least, most = self.shortest, self.longest
+        golden = (5**0.5 - 1) / 2
+        return [least + int(n * golden % 1 * (most - least + 1)) for n in range(self.num_prompts)]
+
+    @property
+    def shortest(self) -> int:
+        return max(1, round(self.output_len * (1 - self.range_ratio)))
+
+    @property
+    def longest(self) -> int:
+        return round(self.output_len * (1 + self.range_ratio))
+
+    @property
+    def lengths(self) -> str:
+        return (
+            f"{self.output_len}" if not self.range_ratio else f"{self.shortest} to {self.longest}"
+        )
 
     @property
     def greedy(self) -> Cell:

@@ -13,7 +13,7 @@ from heterospec_vllm.bench.spec import PLAIN
 
 def cell_table(cell: Cell, rows: list[Row]) -> Table:
     """Medians of one cell's rounds; a system whose answers differ has no timing."""
-    table = Table(title=f"{cell.label}, {cell.num_prompts} prompts, {cell.output_len} tokens")
+    table = Table(title=f"{cell.label}, {cell.num_prompts} prompts, {cell.lengths} tokens")
     for column in ("system", "tok/s", "min..max", "x plain", "tokens a step", "same as plain"):
         table.add_column(column, justify="left" if column == "system" else "right")
     systems = dict.fromkeys(row.system for row in rows)

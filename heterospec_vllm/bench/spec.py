@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from heterospec_vllm.bench.growth_points import GrowthSpec
-from heterospec_vllm.bench.rows import Cell
+from heterospec_vllm.bench.rows import Cell, LoadName
 from heterospec_vllm.bench.spec_errors import clauses_of
 from heterospec_vllm.config import HeteroSpecConfig
 
@@ -176,7 +176,7 @@ class CellGroup(_Spec):
 
     mode: Literal["offline", "serving"] = "offline"
     prompts: Literal["each", "mix"] | list[str] = "mix"
-    load: Literal["steady", "rising", "prefill"] = "steady"
+    load: LoadName = "steady"
     concurrency: list[Annotated[int, Field(ge=1)]] = Field(min_length=1)
     # arrivals a second; null: a closed loop
     request_rate: list[Annotated[float, Field(gt=0)] | None] = Field([None], min_length=1)
@@ -184,9 +184,17 @@ class CellGroup(_Spec):
         [0.0], min_length=1
     )
     output_len: int = Field(64, ge=1)
+    range_ratio: float = Field(0.0, ge=0, lt=1)  # how far answers are shorter or longer than that
     num_prompts: int = Field(1, ge=1)  # a run; at least as many as are decoded at once
     rounds: int | None = Field(None, ge=1)  # instead of the spec's
     systems: Names | None = None  # instead of all
+
+    @field_validator("range_ratio")
+    @classmethod
+    def _lengths_are_ours(cls, ratio: float, info: ValidationInfo) -> float:
+        if info.data.get("mode") == "serving" and ratio:
+            raise ValueError(f"found {ratio}, allowed: only 0, or `mode: offline`")
+        return ratio
 
     @field_validator("request_rate")
     @classmethod
@@ -300,6 +308,7 @@ def planned_cells(spec: BenchSpec, target_name: str) -> Iterator[Planned]:
                             request_rate=rate,
                             temperature=temperature,
                             output_len=group.output_len,
+                            range_ratio=group.range_ratio,
                             num_prompts=max(group.num_prompts, concurrency),
                         )
                         yield Planned(cell, group.rounds or spec.rounds, systems)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import pandas as pd
@@ -26,6 +26,7 @@ from heterospec_vllm.bench.rows import (
     Cell,
     Gate,
     GrowthRow,
+    LoadName,
     Prompt,
     Row,
     Status,
@@ -257,7 +258,7 @@ def summarise(rows: Frame, mode: str = "offline") -> list[CellSummary]:
 
 def cell_order(cell: Cell) -> tuple[Any, ...]:
     rate = -1.0 if cell.request_rate is None else cell.request_rate
-    loads = ("steady", "rising", "prefill")
+    loads = get_args(LoadName)
     return (cell.target, cell.temperature, loads.index(cell.load), cell.concurrency, rate)
 
 

@@ -126,7 +126,7 @@ def _run(spec: BenchSpec, output: Path, console: Console) -> int:
     target, head = _pair(spec, console)
     name = spec.target_name or Path(target).name
     cells = list(planned_cells(spec, name))
-    longest = max((p.cell.output_len for p in cells), default=1)
+    longest = max((p.cell.longest for p in cells), default=1)
     prompts = PromptSets(
         spec.prompts,
         _tokenizer(target),

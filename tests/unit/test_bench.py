@@ -251,8 +251,11 @@ def test_phases_of_a_rising_load():
         output_len=4, num_prompts=16,
     )  # fmt: skip
     assert phases(cell) == (1, 4, 16, 4, 1)
+    batches = cell.model_copy(update={"load": "batches", "num_prompts": 20})
+    assert phases(batches) == (16, 4)
     steady = cell.model_copy(update={"load": "steady", "num_prompts": 20})
-    assert phases(steady) == (16, 4)
+    assert phases(steady) == (20,)
+    assert phases(steady.model_copy(update={"concurrency": 1})) == (1,) * 20
 
 
 def test_near_ties_are_judged_by_the_target_behind_its_own_text():
