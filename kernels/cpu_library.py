@@ -51,8 +51,8 @@ def choose_build(build: str) -> None:
     """Takes entries from another build from now on (for tests).
 
     Args:
-        build: "native" for this CPU, "avx2" for any with AVX2, or "portable", which leaves out every
-            CPU-specific instruction path.
+        build: "native" for this CPU, "avx512" for it without AMX tiles, "avx2" for any with AVX2, or
+            "portable", which leaves out every CPU-specific instruction path.
     """
     _Chosen.build = build
     c_entry.cache_clear()
@@ -111,6 +111,8 @@ def _find_compiler() -> list[str]:
 def _target_flags(build: str) -> list[str]:
     if build == "portable":
         return ["-DHETEROSPEC_PORTABLE"]
+    if build == "avx512":
+        return ["-march=native", "-mno-amx-tile", "-mno-amx-bf16", "-mno-amx-int8"]
     if build == "avx2":
         return ["-mavx2", "-mfma", "-mf16c"]
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")

@@ -36,7 +36,7 @@ def unavailable_reason() -> str | None:
 
 
 def instruction_set() -> str:
-    """What the library was compiled for: "avx512_bf16", "avx512", "avx2" or "portable"."""
+    """What the library was compiled for: "amx", "avx512_bf16", "avx512", "avx2" or "portable"."""
     entry = load_library().heterospec_tree_attention_isa
     entry.restype = ctypes.c_char_p
     return entry().decode()

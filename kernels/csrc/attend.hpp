@@ -7,10 +7,9 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <memory>
-#include <new>
 
 #include "pages.hpp"
+#include "tiles.hpp"
 
 namespace heterospec {
 
@@ -36,26 +35,6 @@ struct Arguments {
   int64_t max_tail, tail_key_stride, tail_value_stride, tail_head_stride;
 };
 
-// Grows, never shrinks; contents are not kept when it grows.
-template <typename T>
-class Buffer {
- public:
-  T* at_least(size_t count) {
-    if (count > size_) {
-      data_.reset(static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t{64})));
-      size_ = count;
-    }
-    return data_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(T* p) const { ::operator delete(p, std::align_val_t{64}); }
-  };
-  std::unique_ptr<T, Free> data_;
-  size_t size_ = 0;
-};
-
 // The running softmax of a set of rows: largest score (base-2), sum of weights, weighted values.
 struct Partial {
   float *largest, *sum, *values;  // [rows], [rows], [rows, head_size]
@@ -65,12 +44,21 @@ struct Partial {
   static int64_t floats(int64_t rows, int64_t head_size) { return rows * (2 + head_size); }
 };
 
+// Whether products are made in AMX tiles where the process may use them.
+template <typename T, typename Pages>
+#if defined(HETEROSPEC_AMX)
+constexpr bool kInTiles = std::is_same_v<T, bf16> && std::is_same_v<Pages, AmxPages>;
+#else
+constexpr bool kInTiles = false;
+#endif
+
 template <typename T, typename Pages>
 class Attend {
   using L = typename Left<T>::type;
   using Matrix = typename Pages::template Matrix<T>;
   using Bits = unsigned __int128;
   static_assert(kChunk <= 128, "one bit a key of the chunk");
+  static constexpr int kRows = kInTiles<T, Pages> ? 16 : kTileRows;  // attended to together
 
   struct Piece {  // keys of a chunk that lie in one cache block
     Matrix keys, values;
@@ -101,8 +89,8 @@ class Attend {
       // What is probably read next: it is fetched while this chunk is multiplied.
       const Chunk next = last ? locate(0, std::min(kv_head + 1, args_.num_kv_heads - 1))
                               : locate(chunk + 1, kv_head);
-      for (int tile = 0; tile < rows_; tile += kTileRows)
-        attend_tile(c, tile == 0 ? next : c, tile, std::min(kTileRows, rows_ - tile));
+      for (int tile = 0; tile < rows_; tile += kRows)
+        attend_tile(c, tile == 0 ? next : c, tile, std::min(kRows, rows_ - tile));
       c = next;
     }
     for (int r = 0; r < rows_; ++r) state().sum[r] = reduce_add(load(lane_sums_ + r * kLanes));
@@ -144,7 +132,7 @@ class Attend {
 
  private:
   struct Ones {
-    float factor[kTileRows];
+    float factor[kRows];
     constexpr Ones() : factor() {
       for (float& f : factor) f = 1.0f;
     }
@@ -191,7 +179,8 @@ class Attend {
     const int query_len = int(args_.query_start_loc[req + 1] - first_row_);
     rows_ = query_len * group_;
     context_ = args_.seq_lens[req] - (args_.tail_index != nullptr ? 0 : query_len);
-    state_ = state_memory_.at_least(Partial::floats(rows_, dim_));
+    // Products in tiles touch whole tiles of rows.
+    state_ = state_memory_.at_least(Partial::floats(rows_, dim_) + (kRows - 1) * dim_);
     lane_sums_ = lane_sum_memory_.at_least(size_t(rows_) * kLanes);
     std::fill_n(state_, rows_, kNone);
     std::fill_n(state_ + rows_, Partial::floats(rows_, dim_) - rows_, 0.0f);
@@ -200,7 +189,7 @@ class Attend {
   }
 
   void pack_query() {
-    query_ = query_memory_.at_least(size_t(rows_) * dim_);
+    query_ = query_memory_.at_least(size_t(rows_ + kRows - 1) * dim_);
     for (int r = 0; r < rows_; ++r) {
       const T* from = static_cast<const T*>(args_.query) +
                       (first_row_ + r / group_) * args_.query_token_stride +
@@ -238,15 +227,15 @@ class Attend {
   }
 
   void attend_tile(const Chunk& c, const Chunk& ahead, int tile, int count) {
-    alignas(64) float scores[kTileRows * kChunk];
-    alignas(64) L weights[kTileRows * kChunk];
-    float keep[kTileRows];
-    Bits sparse[kTileRows];
+    alignas(64) float scores[kRows * kChunk];
+    alignas(64) L weights[kRows * kChunk];
+    float keep[kRows];
+    Bits sparse[kRows];
     for (int p = 0; p < c.num_pieces; ++p) {
       const Piece& piece = c.pieces[p];
       const int columns = (piece.size + kLanes - 1) / kLanes * kLanes;
-      gemm(count, query_ + tile * dim_, dim_, piece.keys, scores + piece.offset, kChunk, columns,
-           dim_, nullptr, ahead.pieces[p].keys);
+      multiply(count, query_ + tile * dim_, dim_, piece.keys, scores + piece.offset, kChunk, columns,
+               dim_, nullptr, ahead.pieces[p].keys);
     }
     for (int r = 0; r < count; ++r) {
       const Bits seen = c.masked ? visible(c, tile + r) : ~Bits{0};
@@ -260,6 +249,20 @@ class Attend {
     if (!c.masked) return;
     for (int r = 0; r < count; ++r)
       add_sparse(c, sparse[r], weights + r * kChunk, values + r * dim_);
+  }
+
+  // `gemm` for up to kRows rows.
+  static void multiply(int rows, const L* a, int lda, Matrix b, float* c, int ldc, int columns,
+                       int depth, const float* keep, Matrix ahead) {
+#if defined(HETEROSPEC_AMX)
+    if constexpr (kInTiles<T, Pages>) {
+      if (Tiles::permitted())
+        return tile_gemm(rows, a, lda, b, c, ldc, columns, depth, keep, ahead);
+    }
+#endif
+    for (int r = 0; r < rows; r += kTileRows)
+      gemm(std::min(kTileRows, rows - r), a + r * lda, lda, b, c + r * ldc, ldc, columns, depth,
+           keep ? keep + r : nullptr, ahead);
   }
 
   static Bits low_bits(int count) {
@@ -316,9 +319,9 @@ class Attend {
     }
     for (int p = 0; p < c.num_pieces && c.pieces[p].offset < c.dense; ++p) {
       const Piece& piece = c.pieces[p];
-      gemm(count, weights + piece.offset, kChunk, piece.values, values, dim_, dim_,
-           std::min(piece.size, c.dense - piece.offset), p == 0 ? keep : kOnes.factor,
-           ahead.pieces[p].values);
+      multiply(count, weights + piece.offset, kChunk, piece.values, values, dim_, dim_,
+               std::min(piece.size, c.dense - piece.offset), p == 0 ? keep : kOnes.factor,
+               ahead.pieces[p].values);
     }
   }
 

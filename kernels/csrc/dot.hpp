@@ -10,12 +10,14 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "gemm.hpp"
+#include "tiles.hpp"
 
 namespace heterospec {
 
 // Columns of a weight are a multiple of this, its depth of 32 (linear_cpu.py).
 constexpr int kDotColumns = 8;
+// Rows from which on AMX tiles are the faster ones.
+constexpr int64_t kWorthTiles = 5;
 
 inline int team_size() {
 #if defined(_OPENMP)
@@ -120,6 +122,16 @@ void dot_columns(const typename Left<T>::type* left, int64_t left_stride, int64_
 template <typename T>
 void project(const typename Left<T>::type* left, int64_t left_stride, int64_t num_rows,
              const T* weight, int64_t depth, Share columns, float* out, int64_t out_stride) {
+#if defined(HETEROSPEC_AMX)
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (num_rows >= kWorthTiles && Tiles::permitted()) {
+      const int64_t end = columns.begin + (columns.end - columns.begin) / 16 * 16;
+      const TileLinear linear(left, left_stride, num_rows, depth);
+      linear.run(weight, columns.begin, end, out, out_stride);
+      columns.begin = end;
+    }
+  }
+#endif
   // Twelve to sixteen sums: enough to hide a multiply-add's latency, few enough for the registers.
   const auto with = [&](auto dot) {
     dot(left, left_stride, num_rows, weight, depth, columns, out, out_stride);

@@ -78,6 +78,12 @@ struct Panels {
   HETEROSPEC_INLINE Panels from_column(int64_t column) const {
     return {data + column / kLanes * stride, stride};
   }
+  // row: even
+  HETEROSPEC_INLINE Panels from_row(int64_t row) const { return {data + row * kLanes, stride}; }
+  // 16 rows of 16 columns from there on as they lie in memory: pairs of `row` and of those behind it.
+  HETEROSPEC_INLINE const T* tile(int64_t row, int64_t column) const {
+    return data + column / kLanes * stride + row * kLanes;
+  }
   HETEROSPEC_INLINE vf16 at(int64_t row, int64_t column) const {
     const T* from = pair(row, column);
 #if defined(HETEROSPEC_AVX512)

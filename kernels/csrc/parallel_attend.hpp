@@ -7,6 +7,7 @@
 #endif
 
 #include <atomic>
+#include <optional>
 #include <vector>
 
 #include "attend.hpp"
@@ -126,6 +127,10 @@ void finish_shared(const Plan& plan, Shared& shared, Attend<T, Pages>& attend, i
 template <typename T, typename Pages>
 void work(const Arguments& args, const Plan& plan, Shared& shared, int thread) {
   Attend<T, Pages> attend(args);
+#if defined(HETEROSPEC_AMX)
+  std::optional<Tiles> tiles;
+  if (kInTiles<T, Pages> && Tiles::permitted()) tiles.emplace();
+#endif
   for (int64_t item = plan.first_item(thread); item <= plan.last_item(thread); ++item) {
     int64_t begin, end;
     plan.share(thread, item, begin, end);

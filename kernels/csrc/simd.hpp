@@ -15,6 +15,9 @@
 #include <immintrin.h>
 #if defined(__AVX512BF16__)
 #define HETEROSPEC_BF16_DOT 1
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__linux__)
+#define HETEROSPEC_AMX 1
+#endif
 #endif
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #define HETEROSPEC_AVX2 1

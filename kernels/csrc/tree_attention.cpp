@@ -94,7 +94,9 @@ HETEROSPEC_EXPORT int heterospec_walk_greedy(const heterospec::WalkArguments* ar
 
 // What the library was built for, for messages.
 HETEROSPEC_EXPORT const char* heterospec_tree_attention_isa() {
-#if defined(HETEROSPEC_BF16_DOT)
+#if defined(HETEROSPEC_AMX)
+  return "amx";
+#elif defined(HETEROSPEC_BF16_DOT)
   return "avx512_bf16";
 #elif defined(HETEROSPEC_AVX512)
   return "avx512";

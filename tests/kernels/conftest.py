@@ -51,15 +51,20 @@ def poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", poisoned)
 
 
-@pytest.fixture(scope="module", params=["native", "avx2", "portable"])
+# What a build leaves out, by what a processor's own build has.
+LEFT_OUT = {"avx512": ("amx",), "avx2": ("amx", "avx512_bf16", "avx512")}
+
+
+@pytest.fixture(scope="module", params=["native", "avx512", "avx2", "portable"])
 def cpu_build(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The C++ kernels as built for this CPU, for one with no more than AVX2, and for any."""
+    """The C++ kernels as built for this CPU, without its tiles, for one with no more than AVX2, and for any."""
     from heterospec_vllm.kernels import cpu_library, tree_attention_cpu
 
     reason = tree_attention_cpu.unavailable_reason()
     if reason is not None:
         pytest.skip(reason)
-    if request.param == "avx2" and not tree_attention_cpu.instruction_set().startswith("avx512"):
+    own = tree_attention_cpu.instruction_set()
+    if own not in LEFT_OUT.get(request.param, (own,)):
         pytest.skip("this CPU's own build is that one, or it cannot run it")
     cpu_library.choose_build(request.param)
     yield request.param
