@@ -16,6 +16,7 @@ import numpy as np
 
 from heterospec_vllm import tree_loops
 from heterospec_vllm.catch_up import HeadProgress
+from heterospec_vllm.cost import DECODE_TOKENS
 from heterospec_vllm.metrics import StepCounters
 from heterospec_vllm.policies import Batch, Cycle, Demand, DraftPolicy, Scope
 from heterospec_vllm.policy import Bools
@@ -162,7 +163,9 @@ class Controller:
         gap = clock.step - clock.end
         gap = gap if 0 <= gap < IDLE_SECONDS else 0.0
         seconds = now - clock.step + gap
-        self.policy.observe_step(num_tokens, num_reqs, self._context, seconds)
+        # A prompt's token has no logits and costs less than a drafted one, for which it must not be taken.
+        if num_tokens - self._num_verified == num_reqs or num_tokens > DECODE_TOKENS:
+            self.policy.observe_step(num_tokens, num_reqs, self._context, seconds)
         self.counters.seconds["target"] += now - clock.forward - self._sample_seconds
         self._sample_seconds = 0.0
         self.counters.seconds["rest"] += gap

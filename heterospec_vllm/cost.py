@@ -25,6 +25,7 @@ ROW_KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 DECODE_TOKENS = 256
 DRIFT_RATE = 0.04  # of a measurement's surprise, how much is taken to be the machine's
 LEAST_SHARE = 0.02  # of a measurement in a knot
+MEASURED_TRUST = 4.0  # steps that a start-up measurement is worth: attention is not in it
 TABLES = ("verify", "first_pass", "level")
 
 
@@ -231,8 +232,8 @@ def table_from_samples(
     medians = np.array([np.median(seconds[counts == count]) for count in where])
     medians = isotonic(medians[None], sizes[None].astype(np.float64))[0]
     if where.size == 1:
-        return CostTable(knots, np.full(len(knots), medians[0]))
+        return CostTable(knots, np.full(len(knots), medians[0]), MEASURED_TRUST)
     slope = (medians[-1] - medians[-2]) / (where[-1] - where[-2])
     x = np.asarray(knots, dtype=np.float64)
     values = np.interp(x, where, medians) + slope * np.maximum(x - where[-1], 0.0)
-    return CostTable(knots, values)
+    return CostTable(knots, values, MEASURED_TRUST)

@@ -180,7 +180,7 @@ class DraftPolicy:
         """Verified nodes (flat) and whether the walk reached each."""
 
     def observe_step(self, num_tokens: int, num_reqs: int, context: float, seconds: float) -> None:
-        """A target step and its seconds, drafting not included."""
+        """A target step of decodes, or one of very many tokens, and its seconds, drafting not included."""
 
     def observe_cycle(self, cycle: Cycle) -> None:
         """A step that speculated for everybody or for nobody, without prompts and catching up."""
