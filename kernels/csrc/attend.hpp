@@ -131,12 +131,6 @@ class Attend {
   }
 
  private:
-  struct Ones {
-    float factor[kRows];
-    constexpr Ones() : factor() {
-      for (float& f : factor) f = 1.0f;
-    }
-  };
   static constexpr float kNone = -std::numeric_limits<float>::infinity();
 
   static void store_out(T* to, vf16 v) { store(to, v); }
@@ -260,9 +254,7 @@ class Attend {
         return tile_gemm(rows, a, lda, b, c, ldc, columns, depth, keep, ahead);
     }
 #endif
-    for (int r = 0; r < rows; r += kTileRows)
-      gemm(std::min(kTileRows, rows - r), a + r * lda, lda, b, c + r * ldc, ldc, columns, depth,
-           keep ? keep + r : nullptr, ahead);
+    gemm_all(rows, a, lda, b, c, ldc, columns, depth, keep, ahead);
   }
 
   static Bits low_bits(int count) {
@@ -310,7 +302,6 @@ class Attend {
 
   void add_dense(const Chunk& c, const Chunk& ahead, int count, const L* weights, float* values,
                  const float* keep) {
-    static constexpr Ones kOnes;
     if (c.dense == 0) {
       for (int r = 0; r < count; ++r)
         for (int d = 0; d < dim_; d += kLanes)

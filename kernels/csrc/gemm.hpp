@@ -4,6 +4,7 @@
 // memory is the cache's matter (pages.hpp): `Rows` or `Panels`.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "simd.hpp"
@@ -18,6 +19,15 @@ constexpr int kTileRows = 6, kTileVectors = 1;
 #else
 constexpr int kTileRows = 3, kTileVectors = 1;
 #endif
+
+// Keeps what was summed before.
+struct Ones {
+  float factor[16];  // rows that are multiplied together, at most
+  constexpr Ones() : factor() {
+    for (float& f : factor) f = 1.0f;
+  }
+};
+inline constexpr Ones kOnes;
 
 // The type A is held in: bfloat16 pairs where the machine multiplies them, float otherwise.
 template <typename T>
@@ -76,13 +86,13 @@ struct Panels {
   static constexpr bool kLaneOrder = false;
 
   HETEROSPEC_INLINE Panels from_column(int64_t column) const {
-    return {data + column / kLanes * stride, stride};
+    return {pair(0, column), stride};
   }
   // row: even
-  HETEROSPEC_INLINE Panels from_row(int64_t row) const { return {data + row * kLanes, stride}; }
-  // 16 rows of 16 columns from there on as they lie in memory: pairs of `row` and of those behind it.
-  HETEROSPEC_INLINE const T* tile(int64_t row, int64_t column) const {
-    return data + column / kLanes * stride + row * kLanes;
+  HETEROSPEC_INLINE Panels from_row(int64_t row) const { return {pair(row, 0), stride}; }
+  // The pair that `row` belongs to, of each column of the panel; the pairs of later rows follow.
+  HETEROSPEC_INLINE const T* pair(int64_t row, int64_t column) const {
+    return data + column / kLanes * stride + row / 2 * (2 * kLanes);
   }
   HETEROSPEC_INLINE vf16 at(int64_t row, int64_t column) const {
     const T* from = pair(row, column);
@@ -107,11 +117,6 @@ struct Panels {
     for (int v = 0; v < kVectors; ++v) out[v] = load_raw<__m512i>(pair(row, v * kLanes));
   }
 #endif
-
- private:
-  HETEROSPEC_INLINE const T* pair(int64_t row, int64_t column) const {
-    return data + column / kLanes * stride + row / 2 * (2 * kLanes);
-  }
 };
 
 // `keep` null: C is overwritten. Otherwise row r of C is first multiplied by keep[r].
@@ -220,6 +225,15 @@ void gemm(int rows, const A* a, int lda, B b, float* c, int ldc, int columns, in
     if (rows < kRows) return gemm<kRows - 1>(rows, a, lda, b, c, ldc, columns, depth, keep, ahead);
   }
   gemm_rows<kRows>(a, lda, b, c, ldc, columns, depth, keep, ahead);
+}
+
+// `gemm` for any number of rows.
+template <typename A, typename B>
+void gemm_all(int rows, const A* a, int lda, B b, float* c, int ldc, int columns, int depth,
+              const float* keep, B ahead) {
+  for (int r = 0; r < rows; r += kTileRows)
+    gemm(std::min(kTileRows, rows - r), a + r * lda, lda, b, c + r * ldc, ldc, columns, depth,
+         keep ? keep + r : nullptr, ahead);
 }
 
 }  // namespace heterospec

@@ -62,23 +62,23 @@ void tile_columns(const bf16* a, int lda, Panels<bf16> b, float* c, int ldc, int
   }
   for (int k = 0; k < depth; k += kTileDepth) {
     _tile_loadd(4, a + k, a_bytes);
-    _tile_loadd(5, b.tile(k, 0), 64);
+    _tile_loadd(5, b.pair(k, 0), 64);
     _tile_dpbf16ps(0, 4, 5);
     if constexpr (kTiles > 1) {
-      _tile_loadd(6, b.tile(k, 16), 64);
+      _tile_loadd(6, b.pair(k, 16), 64);
       _tile_dpbf16ps(1, 4, 6);
     }
     if constexpr (kTiles > 2) {
-      _tile_loadd(7, b.tile(k, 32), 64);
+      _tile_loadd(7, b.pair(k, 32), 64);
       _tile_dpbf16ps(2, 4, 7);
     }
     if constexpr (kTiles > 3) {
-      _tile_loadd(5, b.tile(k, 48), 64);
+      _tile_loadd(5, b.pair(k, 48), 64);
       _tile_dpbf16ps(3, 4, 5);
     }
     for (int t = 0; t < kTiles; ++t)
       for (int line = 0; line < 16; ++line)
-        __builtin_prefetch(ahead.tile(k, 16 * t) + line * kTileDepth, 0, 2);
+        __builtin_prefetch(ahead.pair(k, 16 * t) + line * kTileDepth, 0, 2);
   }
   _tile_stored(0, c, c_bytes);
   if constexpr (kTiles > 1) _tile_stored(1, c + 16, c_bytes);
@@ -108,12 +108,9 @@ inline void tile_gemm(int rows, const bf16* a, int lda, Panels<bf16> b, float* c
       default: take(tile_columns<4>);
     }
   }
-  if (whole == depth) return;
-  float ones[kTileRows];
-  std::fill_n(ones, kTileRows, 1.0f);
-  for (int r = 0; r < rows; r += kTileRows)
-    gemm(std::min(kTileRows, rows - r), a + r * lda + whole, lda, b.from_row(whole), c + r * ldc, ldc,
-         columns, depth - whole, whole ? ones : keep + r, ahead);
+  if (whole < depth)
+    gemm_all(rows, a + whole, lda, b.from_row(whole), c, ldc, columns, depth - whole,
+             whole ? kOnes.factor : keep, ahead);
 }
 
 // 16 x 16 elements of 32 bits.
