@@ -16,7 +16,7 @@ from heterospec_vllm.kernels import reference
 from heterospec_vllm.kernels.argmax_rows_cpu import argmax_rows_cpu
 from heterospec_vllm.kernels.kv_compact_cpu import kv_compact_cpu
 from heterospec_vllm.kernels.tree_attention_cpu import is_available
-from heterospec_vllm.kernels.walk_greedy_cpu import walk_greedy_cpu
+from heterospec_vllm.kernels.walk_cpu import walk_cpu
 from heterospec_vllm.timing import CLOCK
 from heterospec_vllm.tree import DraftTrees, Ints
 from heterospec_vllm.verify import Walk, walk
@@ -33,12 +33,30 @@ class TreeScorer:
         logits: torch.Tensor,  # [num_reqs, vocab_size]
         sampling_metadata: SamplingMetadata,
     ) -> SamplerOutput:
-        """One token a request, no drafts: vLLM's sampler, or the same argmax without a float32 copy."""
-        if not is_plain_greedy(sampling_metadata):
+        """One token a request, no drafts: vLLM's sampler, or the same tokens without a float32 copy."""
+        if not self._reads_logits_alone(sampling_metadata):
             with CLOCK.span("sampling"):
                 return self.sampler(logits=logits, sampling_metadata=sampling_metadata)
-        tokens = argmax_rows(logits, torch.arange(logits.shape[0]))
+        if sampling_metadata.all_greedy:
+            tokens = argmax_rows(logits, torch.arange(logits.shape[0]))
+        else:
+            num_reqs = logits.shape[0]
+            trees = DraftTrees.empty(num_reqs)
+            tokens = torch.from_numpy(
+                walk_logits(trees, logits, np.arange(num_reqs), sampling_metadata).tokens[:, 0]
+            )
         return SamplerOutput(sampled_token_ids=tokens.int()[:, None], logprobs_tensors=None)
+
+    def _reads_logits_alone(self, metadata: SamplingMetadata) -> bool:
+        """Whether every row's token follows from its raw logits, its temperature and a seed, and we can tell how."""
+        if not is_plain(metadata):
+            return False
+        sampler = self.sampler.topk_topp_sampler
+        return metadata.all_greedy or (
+            is_available()
+            and not sampler.use_fp64_gumbel
+            and sampler.forward == sampler.forward_cpu
+        )
 
     def walk(
         self,
@@ -48,13 +66,14 @@ class TreeScorer:
     ) -> tuple[Walk, SamplerOutput]:
         """Walk the batch with the target's own samples; the output has vLLM's padded spec-decode form.
 
-        Only visited rows are looked at. Greedy batches take their argmax; otherwise vLLM's sampler runs once a
-        depth on them, so a seeded request draws exactly one seed for every token it emits, as without speculation.
+        Only visited rows are looked at, and a seeded request draws exactly one seed for every token it emits, as
+        without speculation. Where tokens follow from logits and temperature alone, the whole walk is one call;
+        otherwise vLLM's sampler runs once a depth.
         """
         first_row = np.zeros(trees.num_reqs, dtype=np.int64)
         np.cumsum(trees.num_nodes[:-1] + 1, out=first_row[1:])
-        if is_plain_greedy(sampling_metadata):
-            walked = walk_greedy(trees, logits, first_row)
+        if self._reads_logits_alone(sampling_metadata):
+            walked = walk_logits(trees, logits, first_row, sampling_metadata)
             return walked, _sampler_output(walked, None)
         levels: list[_SampledLevel] = []
 
@@ -121,13 +140,16 @@ def argmax_rows(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         return (argmax_rows_cpu if is_available() else reference.argmax_rows)(logits, rows)
 
 
-def walk_greedy(
+def walk_logits(
     trees: DraftTrees,
     logits: torch.Tensor,  # [num_logits, vocab_size]
     first_row: Ints,  # [num_reqs] the root's row of the logits
+    metadata: SamplingMetadata | None = None,  # None: all are greedy
 ) -> Walk:
-    """`verify.walk` with the argmax of each visited row, in one call where the library is there."""
+    """`verify.walk` where tokens follow from logits, temperature and seed; one call where the library is there."""
+    greedy = metadata is None or metadata.all_greedy
     if not is_available():
+        assert greedy
         return walk(
             trees,
             lambda reqs, rows, _: argmax_rows(
@@ -135,9 +157,44 @@ def walk_greedy(
             ).numpy(),
         )
     inputs = [torch.from_numpy(values) for values in (first_row, trees.parents, trees.tokens)]
+    width = trees.max_depth + 1
     with CLOCK.span("sampling"):
-        walked = walk_greedy_cpu(logits, *inputs, trees.max_depth + 1)
+        if greedy:
+            return Walk(*(values.numpy() for values in walk_cpu(logits, *inputs, width)))
+        assert metadata is not None and metadata.temperature is not None
+        seeds = _Seeds(trees.num_reqs, width, metadata.generators)
+        walked = walk_cpu(logits, *inputs, width, metadata.temperature, seeds.values)
+        seeds.give_back(walked[2])
     return Walk(*(values.numpy() for values in walked))
+
+
+class _Seeds:
+    """One for every depth that a request may reach; those that were not used are given back to its generator."""
+
+    def __init__(self, num_reqs: int, width: int, generators: dict[int, torch.Generator]) -> None:
+        self.values = _seeds((num_reqs, width), None)  # [num_reqs, width]
+        self._generators = generators
+        self._states = {}
+        for req, generator in generators.items():
+            if width > 1:
+                self._states[req] = generator.get_state()
+            self.values[req] = _seeds((width,), generator)
+
+    def give_back(
+        self,
+        used: torch.Tensor,  # [num_reqs]
+    ) -> None:
+        width = self.values.shape[1]
+        for req, state in self._states.items():
+            count = int(used[req])
+            if count < width:
+                self._generators[req].set_state(state)
+                _seeds((count,), self._generators[req])
+
+
+def _seeds(shape: tuple[int, ...], generator: torch.Generator | None) -> torch.Tensor:
+    """As vLLM's sampler draws them on CPU; several from a generator are those of as many single draws."""
+    return torch.randint(0, 2**31, shape, generator=generator, dtype=torch.long)
 
 
 class _SampledLevel:
@@ -151,17 +208,20 @@ class _SampledLevel:
         self.logprobs = logprobs
 
 
-def is_plain_greedy(metadata: SamplingMetadata) -> bool:
-    """Whether every row's token is the argmax of its raw logits and nothing else is asked for."""
+def is_plain(metadata: SamplingMetadata) -> bool:
+    """Whether every row's token is the argmax of its raw logits, or a sample of them, and nothing else is asked for."""
     holder = metadata.thinking_budget_state_holder
+    sampled = not metadata.all_greedy
+    processors = metadata.logitsprocs
     return (
-        metadata.all_greedy
-        and metadata.max_num_logprobs is None
+        metadata.max_num_logprobs is None
         and not metadata.logprob_token_ids
         and metadata.no_penalties
         and not metadata.bad_words_token_ids
         and metadata.allowed_token_ids_mask is None
-        and not any(_is_active(p) for p in metadata.logitsprocs.non_argmax_invariant)
+        and not any(_is_active(p) for p in processors.non_argmax_invariant)
+        and not (sampled and any(_is_active(p) for p in processors.argmax_invariant))
+        and not (sampled and (metadata.top_k is not None or metadata.top_p is not None))
         and not (holder is not None and holder.has_tracked_requests())
     )
 

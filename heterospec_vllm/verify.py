@@ -6,7 +6,7 @@ child carries that token, the walk goes there; otherwise it ends. The tokens are
 how many of them one forward pass yields, so the output distribution is the target's for any tree that was chosen
 without looking at this step's target data (design.md section 2.7 of the project's docs).
 
-Where every row's token is its argmax, ``kernels/walk_greedy_cpu.py`` does the same in one call.
+Where every row's token is its argmax or a plain sample, ``kernels/walk_cpu.py`` does the same in one call.
 """
 
 from __future__ import annotations

@@ -160,27 +160,54 @@ def argmax_rows(
     return values[rows].float().argmax(dim=-1)
 
 
-def walk_greedy(
+def walk(
     logits: torch.Tensor,
     first_row: torch.Tensor,
     parents: torch.Tensor,
     tokens: torch.Tensor,
     max_emitted: int,
+    temperatures: torch.Tensor | None = None,
+    seeds: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What `walk_greedy_cpu` computes (same arguments)."""
+    """What `walk_cpu` computes (same arguments)."""
     shape = tokens.shape[0], max_emitted
     rows, emitted = torch.full(shape, -1), torch.full(shape, -1)
     num_emitted = torch.zeros_like(first_row)
     for req in range(shape[0]):
         row: int | None = 0
         while row is not None and num_emitted[req] < max_emitted:
-            at = num_emitted[req]
-            token = logits[first_row[req] + row].float().argmax()
+            at = int(num_emitted[req])
+            scores = logits[first_row[req] + row].float()
+            if temperatures is not None and seeds is not None and temperatures[req] >= 1e-5:
+                noise = gumbel_noise(int(seeds[req, at]), scores.shape[0])
+                scores = (scores / temperatures[req]).double() + noise
+            token = scores.argmax()
             rows[req, at], emitted[req, at] = row, token
             num_emitted[req] += 1
             children = (parents[req, 1:] == row) & (tokens[req] == token)
             row = int(children.nonzero()[0, 0]) + 1 if children.any() else None
     return rows, emitted, num_emitted
+
+
+def gumbel_noise(seed: int, count: int) -> torch.Tensor:
+    """[count] float64: the noise that vLLM's CPU op `fused_gumbel_argmax` adds to the logits of one row.
+
+    Token i has the i-th output of a SplitMix64 stream whose state starts at a hash of the seed; 53 bits of it are
+    the uniform variate (vLLM issue 59786 says why).
+    """
+
+    def shifted(z: torch.Tensor, bits: int) -> torch.Tensor:  # unsigned
+        return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+    def hashed(z: torch.Tensor) -> torch.Tensor:
+        z = (z ^ shifted(z, 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
+        z = (z ^ shifted(z, 27)) * (0x94D049BB133111EB - (1 << 64))
+        return z ^ shifted(z, 31)
+
+    tokens = torch.arange(1, count + 1) * (0x9E3779B97F4A7C15 - (1 << 64))
+    hashes = hashed(hashed(torch.tensor([seed])) + tokens)
+    uniform = (shifted(hashes, 11).double() + 0.5) * 2.0**-53
+    return -torch.log(-torch.log(uniform))
 
 
 def head_layer(

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 namespace heterospec {
 
@@ -15,6 +16,9 @@ struct ArgmaxArguments {
   const int64_t* rows;  // [num_rows]
   int64_t* indices;     // [num_rows], written
 };
+
+template <typename T>
+using IntOf = std::conditional_t<sizeof(T) == 2, int16_t, int32_t>;
 
 // IEEE floats of any width as integers of the same order: a positive NaN is above infinity, and the
 // two zeros are equal.

@@ -158,6 +158,14 @@ HETEROSPEC_INLINE V load(const T* from) {
 HETEROSPEC_INLINE float to_float(float x) { return x; }
 HETEROSPEC_INLINE float to_float(bf16 x) { return bit_cast<float>(uint32_t{x.bits} << 16); }
 
+// As in load_register(const f16*).
+HETEROSPEC_INLINE float to_float(f16 x) {
+  const uint32_t magnitude = x.bits & 0x7fffu, sign = (x.bits & 0x8000u) << 16;
+  const float finite = bit_cast<float>(magnitude << 13) * 0x1p112f;
+  const uint32_t special = (magnitude << 13) | 0x7f800000u;
+  return bit_cast<float>((magnitude >= 0x7c00u ? special : bit_cast<uint32_t>(finite)) | sign);
+}
+
 // Round to nearest even, as torch does; NaN stays NaN.
 HETEROSPEC_INLINE Like<vf>::u16 to_bf16(vf v) {
   typedef Like<vf>::u16 u16;

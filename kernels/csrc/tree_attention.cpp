@@ -83,11 +83,12 @@ HETEROSPEC_EXPORT int heterospec_argmax_rows(const heterospec::ArgmaxArguments* 
   }
 }
 
-// Returns 0, or 1 for an element size it does not know.
-HETEROSPEC_EXPORT int heterospec_walk_greedy(const heterospec::WalkArguments* args) {
-  switch (args->element_size) {
-    case 2: heterospec::walk_greedy<int16_t>(*args); return 0;
-    case 4: heterospec::walk_greedy<int32_t>(*args); return 0;
+// Returns 0, or 1 for a dtype code it does not know.
+HETEROSPEC_EXPORT int heterospec_walk(const heterospec::WalkArguments* args) {
+  switch (args->dtype) {
+    case 0: heterospec::walk<float>(*args); return 0;
+    case 1: heterospec::walk<heterospec::bf16>(*args); return 0;
+    case 2: heterospec::walk<heterospec::f16>(*args); return 0;
     default: return 1;
   }
 }

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from heterospec_vllm.cache import plan_moves
-from heterospec_vllm.scorer import walk_greedy
+from heterospec_vllm.scorer import walk_logits
 from heterospec_vllm.tree import NO_ROW, CandidatePool, DraftTrees
 from heterospec_vllm.verify import walk
 
@@ -267,7 +267,7 @@ def test_greedy_batches_are_walked_by_the_same_rule(tree: DraftTrees, seed: int)
     first_row = np.cumsum(num_rows) - num_rows
     picked = says[np.arange(says.shape[1]) < num_rows[:, None]]
     logits = torch.nn.functional.one_hot(torch.from_numpy(picked), VOCAB).float()
-    got = walk_greedy(tree, logits, first_row)
+    got = walk_logits(tree, logits, first_row)
     for name in ("rows", "tokens", "num_emitted"):
         np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Greedy walk of a batch of draft trees on CPU, logits read in their own dtype (C++, csrc/)."""
+"""Walk of a batch of draft trees on CPU, greedy or sampled, logits read in their own dtype (C++, csrc/)."""
 
 import struct
 
@@ -7,11 +7,11 @@ import torch
 
 from .cpu_library import c_entry
 
-_PACK = struct.Struct("=6q7Q").pack  # csrc/walk.hpp: WalkArguments
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_PACK = struct.Struct("=6q9Q").pack  # csrc/walk.hpp: WalkArguments
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-def walk_greedy_cpu(
+def walk_cpu(
     # [num_logits, vocab_size], columns adjacent; float32, bfloat16 or float16
     logits: torch.Tensor,
     # [num_reqs], int64: the root's row; those of the nodes follow
@@ -22,11 +22,17 @@ def walk_greedy_cpu(
     tokens: torch.Tensor,
     # at least the deepest node's depth + 1
     max_emitted: int,
+    # [num_reqs], float32: below 1e-5 a request is greedy; None: all are
+    temperatures: torch.Tensor | None = None,
+    # [num_reqs, max_emitted], int64: of the noise at each depth of each request; with temperatures
+    seeds: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """From each root: emit the row's argmax, go to the child that carries it, until there is none.
+    """From each root: emit the row's token, go to the child that carries it, until there is none.
 
     (visited rows, emitted tokens), each [num_reqs, max_emitted] int64 with -1 beyond [num_reqs] int64, their number.
-    Argmax as in `argmax_rows_cpu`: the first of equals, a NaN is the largest. Only visited rows are read.
+    Greedy: argmax as in `argmax_rows_cpu`, the first of equals, a NaN is the largest. Otherwise the token that vLLM's
+    CPU op `fused_gumbel_argmax` draws from `logits.float() / temperature` and the seed: the largest of logit + Gumbel
+    noise, where the noise of a token is a hash of seed and token. Only visited rows are read.
 
     Raises:
         LibraryUnavailable: the kernel cannot be built.
@@ -37,11 +43,18 @@ def walk_greedy_cpu(
     assert max_emitted >= 1
     for given in (first_row, parents, tokens):
         assert given.dtype == torch.int64 and given.is_contiguous()
+    noise = (0, 0)
+    if temperatures is not None:
+        assert seeds is not None and seeds.shape == (num_reqs, max_emitted)
+        assert temperatures.shape == (num_reqs,) and temperatures.dtype == torch.float32
+        assert seeds.dtype == torch.int64 and seeds.is_contiguous()
+        assert temperatures.is_contiguous()
+        noise = temperatures.data_ptr(), seeds.data_ptr()
     rows = torch.empty((num_reqs, max_emitted), dtype=torch.int64)
     emitted, num_emitted = torch.empty_like(rows), torch.empty_like(first_row)
-    failed = c_entry("heterospec_walk_greedy")(
+    failed = c_entry("heterospec_walk")(
         _PACK(
-            logits.element_size(),
+            _DTYPES[logits.dtype],
             num_reqs,
             max_nodes,
             max_emitted,
@@ -51,6 +64,7 @@ def walk_greedy_cpu(
             first_row.data_ptr(),
             parents.data_ptr(),
             tokens.data_ptr(),
+            *noise,
             rows.data_ptr(),
             emitted.data_ptr(),
             num_emitted.data_ptr(),

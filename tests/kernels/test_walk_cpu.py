@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The greedy walk in C++ against PyTorch, to the token. No tolerances: both pick indices."""
+"""The walk in C++ against PyTorch, to the token. No tolerances: both pick indices."""
 
 import math
 
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from heterospec_vllm.kernels import reference
-from heterospec_vllm.kernels.walk_greedy_cpu import walk_greedy_cpu
+from heterospec_vllm.kernels.walk_cpu import walk_cpu
 
 pytestmark = pytest.mark.usefixtures("cpu_build")
 
@@ -20,8 +20,8 @@ TOKENS = torch.tensor([[4, 5, 6]])
 
 
 def walks(logits: torch.Tensor, *rest) -> list[list]:
-    got = walk_greedy_cpu(logits, *rest)
-    for ours, truth in zip(got, reference.walk_greedy(logits, *rest), strict=True):
+    got = walk_cpu(logits, *rest)
+    for ours, truth in zip(got, reference.walk(logits, *rest), strict=True):
         assert torch.equal(ours, truth)
     return [values.tolist() for values in got]
 
@@ -96,3 +96,68 @@ def test_infinities_nan_and_ties(dtype) -> None:
 def test_more_room_than_depth() -> None:
     root = torch.zeros(1, dtype=torch.int64)
     assert walks(picking([4, 5, 1, 0]), root, PARENTS, TOKENS, 6)[2] == [3]
+
+
+def sampled(logits: torch.Tensor, temperature: float, seeds: torch.Tensor) -> torch.Tensor:
+    """[num_rows] what the kernel draws from each row, each a request without a tree; as the reference does."""
+    num_reqs = logits.shape[0]
+    empty = torch.full((num_reqs, 1), -1), torch.empty((num_reqs, 0), dtype=torch.int64)
+    temperatures = torch.full((num_reqs,), temperature)
+    walks(logits, torch.arange(num_reqs), *empty, 1, temperatures, seeds[:, None].contiguous())
+    got = walk_cpu(logits, torch.arange(num_reqs), *empty, 1, temperatures, seeds[:, None])
+    return got[1][:, 0]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    dtype=st.sampled_from(DTYPES),
+    columns=st.sampled_from([1, 2, 127, 128, 129, 300, 1000]),
+    temperature=st.sampled_from([1e-4, 0.01, 0.3, 1.0, 1.7, 50.0]),
+    spread=st.sampled_from([0.0, 1.0, 8.0]),
+    absent=st.sampled_from([0.0, 0.5, 1.0]),
+    seed=st.integers(0, 2**31),
+)
+def test_samples_equal_the_reference(dtype, columns, temperature, spread, absent, seed) -> None:
+    """Flat and peaked rows, with and without tokens of logit -inf, whole vectors of tokens and rests."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = spread * torch.randn((5, columns), generator=generator)
+    logits[torch.rand((5, columns), generator=generator) < absent] = -math.inf
+    logits[0] = spread * torch.randn(columns, generator=generator)
+    seeds = torch.randint(0, 2**31, (5,), generator=generator)
+    sampled(logits.to(dtype), temperature, seeds)
+
+
+def test_a_walk_draws_a_seed_a_depth_and_greedy_requests_none() -> None:
+    """Two requests with the same tree, logits and seeds; the second is greedy."""
+    generator = torch.Generator().manual_seed(0)
+    twice = (
+        torch.tensor([0, 0]),
+        PARENTS.expand(2, 4).contiguous(),
+        TOKENS.expand(2, 3).contiguous(),
+    )
+    temperatures = torch.tensor([1.0, 0.0])
+    lengths = set()
+    for _ in range(200):
+        logits = torch.randn((4, 7), generator=generator)
+        logits[0, 4] += 2.0
+        seeds = torch.randint(0, 2**31, (1, 3), generator=generator).expand(2, 3).contiguous()
+        rows, emitted, num_emitted = walks(logits, *twice, 3, temperatures, seeds)
+        assert emitted[1][0] == int(logits[0].argmax())
+        lengths.add(num_emitted[0])
+    assert lengths == {1, 2, 3}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_samples_follow_the_softmax(dtype) -> None:
+    """Chi-square over 40,000 seeds: 29 degrees of freedom stay below 70 with probability 1 - 3e-5 (seeds are fixed)."""
+    logits = torch.linspace(-3.0, 3.0, 30).to(dtype)
+    draws = 40_000
+    got = sampled(logits.expand(draws, 30).contiguous(), 1.3, torch.arange(draws) * 7919)
+    expected = (logits.float() / 1.3).softmax(0) * draws
+    counts = torch.bincount(got, minlength=30)
+    assert ((counts - expected) ** 2 / expected).sum() < 70.0
+
+
+def test_more_draws_than_columns_reach_every_token_of_a_flat_row() -> None:
+    got = sampled(torch.zeros((3000, 130)), 1.0, torch.arange(3000))
+    assert got.unique().numel() == 130

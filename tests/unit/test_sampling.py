@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sampling on CPU in our kernel: token for token what vLLM's own sampler draws, seeds included."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from vllm.platforms import current_platform
+from vllm.v1.sample.logits_processor import LogitsProcessors
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.sampler import Sampler
+
+from heterospec_vllm import scorer as scorer_module
+from heterospec_vllm.kernels.tree_attention_cpu import is_available
+from heterospec_vllm.scorer import TreeScorer, is_plain
+from heterospec_vllm.tree import DraftTrees
+
+pytestmark = pytest.mark.skipif(
+    not (current_platform.is_cpu() and is_available()), reason="the kernel is a CPU's"
+)
+
+current_platform.import_kernels()
+
+
+def metadata(temperatures: list[float], seeds: dict[int, int]) -> SamplingMetadata:
+    """Of requests without anything but a temperature, some of them seeded."""
+    none = torch.empty(0)
+    return SamplingMetadata(
+        temperature=torch.tensor(temperatures),
+        all_greedy=not any(temperatures),
+        all_random=all(temperatures),
+        top_p=None,
+        top_k=None,
+        generators={i: torch.Generator().manual_seed(seed) for i, seed in seeds.items()},
+        max_num_logprobs=None,
+        no_penalties=True,
+        prompt_token_ids=None,
+        frequency_penalties=none,
+        presence_penalties=none,
+        repetition_penalties=none,
+        output_token_ids=[[] for _ in temperatures],
+        allowed_token_ids_mask=None,
+        bad_words_token_ids={},
+        logitsprocs=LogitsProcessors(),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperatures", [[1.0] * 6, [0.7, 0.0, 1.3, 0.0, 1.0, 0.2]])
+def test_a_plain_step_is_vllms(dtype, temperatures, monkeypatch) -> None:
+    """Ours takes the generator of the process where a request has none, as vLLM's does: equal for equal seeds."""
+    sampler = Sampler()
+    ours = TreeScorer(sampler)
+    logits = (4.0 * torch.randn((6, 5000), generator=torch.Generator().manual_seed(1))).to(dtype)
+    given = {i: 100 + i for i, temperature in enumerate(temperatures) if temperature and i < 5}
+    mine, theirs = metadata(temperatures, given), metadata(temperatures, given)
+    calls = []
+    walk_cpu = scorer_module.walk_cpu
+    monkeypatch.setattr(scorer_module, "walk_cpu", lambda *args: calls.append(1) or walk_cpu(*args))
+    for step in range(5):
+        torch.manual_seed(step)
+        got = ours.sample_plain(logits.clone(), mine)
+        torch.manual_seed(step)
+        want = sampler(logits=logits.clone(), sampling_metadata=theirs)
+        assert torch.equal(got.sampled_token_ids, want.sampled_token_ids)
+    assert len(calls) == 5
+    for i in given:
+        assert torch.equal(mine.generators[i].get_state(), theirs.generators[i].get_state())
+
+
+def _chain(tokens: list[list[int]]) -> DraftTrees:
+    """A chain of each request's tokens, all of one length."""
+    num_reqs, length = len(tokens), len(tokens[0])
+    empty = DraftTrees.empty(num_reqs)
+    depths = np.arange(length + 1)
+    return replace(
+        empty,
+        tokens=np.array(tokens),
+        parents=np.tile(depths - 1, (num_reqs, 1)),
+        depths=np.tile(depths, (num_reqs, 1)),
+        num_nodes=np.full(num_reqs, length),
+    )
+
+
+def test_a_walk_draws_as_many_seeds_as_it_emits(monkeypatch) -> None:
+    """In one call and with vLLM's sampler once a depth: the same tokens, generators in the same state."""
+    ours = TreeScorer(Sampler())
+    lengths = set()
+    for seed in range(30):
+        draw = torch.Generator().manual_seed(seed)
+        logits = torch.randn((12, 6), generator=draw)
+        trees = _chain(torch.randint(0, 6, (3, 3), generator=draw).tolist())
+        for req in range(3):  # drafts that are often right
+            logits[4 * req + torch.arange(3), torch.from_numpy(trees.tokens[req])] += 2.0
+        mine, theirs = (metadata([1.0] * 3, {0: seed, 2: seed + 1}) for _ in range(2))
+        one_call, output = ours.walk(trees, logits, mine)
+        with monkeypatch.context() as patch:
+            patch.setattr(TreeScorer, "_reads_logits_alone", lambda *_: False)
+            by_depth, _ = ours.walk(trees, logits, theirs)
+        for req in (0, 2):
+            np.testing.assert_array_equal(one_call.rows[req], by_depth.rows[req])
+            np.testing.assert_array_equal(one_call.tokens[req], by_depth.tokens[req])
+            states = (m.generators[req].get_state() for m in (mine, theirs))
+            assert torch.equal(*states)
+            lengths.add(int(one_call.num_emitted[req]))
+        np.testing.assert_array_equal(output.sampled_token_ids.numpy(), one_call.tokens)
+    assert lengths == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"top_p": torch.tensor([0.9])},
+        {"top_k": torch.tensor([5])},
+        {"max_num_logprobs": 2},
+        {"no_penalties": False},
+        {"bad_words_token_ids": {0: [[1]]}},
+        {"allowed_token_ids_mask": torch.zeros((1, 6), dtype=torch.bool)},
+        {"logprob_token_ids": {0: [1]}},
+    ],
+)
+def test_whatever_else_is_asked_for_goes_to_vllms_sampler(asked) -> None:
+    plain = metadata([1.0], {})
+    assert is_plain(plain)
+    assert not is_plain(replace(plain, **asked))
