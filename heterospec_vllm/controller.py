@@ -177,13 +177,14 @@ class Controller:
         """Only where everybody decoded and what was drafted was the same for all: other cycles compare with nothing."""
         last = self._last_draft
         only_decodes = num_tokens - self._num_verified == num_reqs == last.num_reqs
-        if not only_decodes or last.caught_up or last.scope == "probe":
+        speculated = self.policy.drafts_for_all(last.scope, num_reqs)
+        if not only_decodes or last.caught_up or (last.scope == "probe" and not speculated):
             return
-        if last.scope == "all" and not last.possible:  # plain steps, whatever was asked for
+        if speculated and not last.possible:  # plain steps, whatever was asked for
             return
         self.policy.observe_cycle(
             Cycle(
-                speculated=last.scope == "all",
+                speculated=speculated,
                 num_reqs=num_reqs,
                 context=self._context,
                 num_tokens=emitted,

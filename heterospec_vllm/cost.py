@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -223,17 +223,18 @@ def table_from_samples(
     knots: tuple[int, ...],
     counts: Ints,  # [num_samples]
     seconds: Floats,  # [num_samples]
+    typical: Callable[[Floats], float] = np.median,
 ) -> CostTable:
-    """A table through the medians of measured counts; knots between are interpolated, beyond them extended.
+    """A table through what is typical of each measured count; knots between are interpolated, beyond them extended.
 
-    Where medians fall they are pooled, each with the weight of its measurements (isotonic regression).
+    Where those fall they are pooled, each with the weight of its measurements (isotonic regression).
     """
     where, sizes = np.unique(counts, return_counts=True)
-    medians = np.array([np.median(seconds[counts == count]) for count in where])
-    medians = isotonic(medians[None], sizes[None].astype(np.float64))[0]
+    values = np.array([typical(seconds[counts == count]) for count in where])
+    values = isotonic(values[None], sizes[None].astype(np.float64))[0]
     if where.size == 1:
-        return CostTable(knots, np.full(len(knots), medians[0]), MEASURED_TRUST)
-    slope = (medians[-1] - medians[-2]) / (where[-1] - where[-2])
+        return CostTable(knots, np.full(len(knots), values[0]), MEASURED_TRUST)
+    slope = (values[-1] - values[-2]) / (where[-1] - where[-2])
     x = np.asarray(knots, dtype=np.float64)
-    values = np.interp(x, where, medians) + slope * np.maximum(x - where[-1], 0.0)
-    return CostTable(knots, values, MEASURED_TRUST)
+    extended = np.interp(x, where, values) + slope * np.maximum(x - where[-1], 0.0)
+    return CostTable(knots, extended, MEASURED_TRUST)

@@ -69,7 +69,7 @@ class MarginalPolicy(DraftPolicy):
         self.costs = costs
         self.tables = tables or SurvivalTables()
         self.strata = strata
-        self.switch = Switch(deepcopy(costs).plain_step)
+        self.switch = Switch(deepcopy(costs).plain_step, self.probe_requests)
         self._speedup = 1.0  # expected rate relative to plain decoding, smoothed
         self._nodes_a_req = 4.0
         self._levels = 1.0  # levels beyond the first, and rows of such a level, per request

@@ -101,6 +101,10 @@ class DraftPolicy:
         """For whom to draft after this step."""
         return "all"
 
+    def drafts_for_all(self, scope: Scope, num_reqs: int) -> bool:
+        """Whether every request of the batch gets a draft that can."""
+        return scope == "all" or (scope == "probe" and num_reqs <= self.probe_requests)
+
     def is_worth_reading(
         self,
         num_unread: Ints,  # [num_reqs] tokens that the head would have to read of each request, now and later

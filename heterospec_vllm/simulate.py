@@ -114,9 +114,10 @@ def _replay_batch(
         left = recorded.last[requests] - positions
         advanced = np.minimum(accepted + 1, left)
         positions = positions + advanced
-        if scope != "probe":
+        speculated = policy.drafts_for_all(scope, num_reqs)
+        if speculated or scope != "probe":
             policy.observe_cycle(
-                Cycle(scope == "all", num_reqs, context, int(advanced.sum()), step + seconds)
+                Cycle(speculated, num_reqs, context, int(advanced.sum()), step + seconds)
             )
         outcome.tokens += int(advanced.sum())
         outcome.seconds += step + seconds

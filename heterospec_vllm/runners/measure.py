@@ -29,7 +29,8 @@ SIZES_SECONDS, MOST_SECONDS = 1.0, 4.0
 def measure_costs(runner: Any, proposer: TreeDrafter) -> StepCosts:
     """Times the target's forward pass with logits, and the head's, over a few batch sizes, on dummy inputs.
 
-    Attention, sampling and host work are not in it: they show in the first real steps. Touches no KV.
+    Attention, sampling and host work are not in it: they show in the first real steps. Touches no KV. Of each size the
+    fastest run counts: whatever else the machine does meanwhile adds time to some runs, and more to long ones.
     """
     start = time.perf_counter()
     most = min(runner.max_num_tokens, proposer.max_num_tokens)
@@ -38,9 +39,9 @@ def measure_costs(runner: Any, proposer: TreeDrafter) -> StepCosts:
         level = _measure(proposer.time_pass, ROWS, most)
     logger.info("heterospec: measured step costs in %.1f s", time.perf_counter() - start)
     return StepCosts(
-        verify=table_from_samples(TOKEN_KNOTS, *verify),
-        first_pass=table_from_samples(ROW_KNOTS, *level),
-        level=table_from_samples(ROW_KNOTS, *level),
+        verify=table_from_samples(TOKEN_KNOTS, *verify, typical=np.min),
+        first_pass=table_from_samples(ROW_KNOTS, *level, typical=np.min),
+        level=table_from_samples(ROW_KNOTS, *level, typical=np.min),
     )
 
 

@@ -12,6 +12,8 @@ import pytest
 from heterospec_vllm.policies import Cycle
 from heterospec_vllm.switch import FEWEST, MOST_SURPRISE, Switch
 
+PROBE_REQUESTS = 4
+
 
 def plain_seconds(num_reqs: int, context: float) -> float:
     return 0.02 + 0.001 * num_reqs + 1e-7 * context
@@ -32,7 +34,7 @@ class Machine:
 
     def cycle(self, switch: Switch, predicted: float) -> str:
         scope = switch.scope(self.num_reqs, predicted)
-        speculated = scope == "all"
+        speculated = scope == "all" or (scope == "probe" and self.num_reqs <= PROBE_REQUESTS)
         tokens = self.num_reqs
         seconds = plain_seconds(self.num_reqs, 100.0) / self.speed
         if speculated:
@@ -41,7 +43,7 @@ class Machine:
         seconds *= self.rng.lognormal(0.0, self.noise) if self.noise else 1.0
         self.seconds += seconds
         self.emitted += tokens
-        if scope != "probe":
+        if speculated or scope != "probe":
             switch.observe(Cycle(speculated, self.num_reqs, 100.0, tokens, seconds))
         return scope
 
@@ -54,8 +56,9 @@ class Machine:
         return self.emitted / self.seconds * plain_seconds(self.num_reqs, 100.0) / self.num_reqs
 
 
-def test_a_prediction_that_flatters_is_found_out() -> None:
-    switch, machine = Switch(plain_seconds), Machine(gain=0.9, noise=0.05)
+@pytest.mark.parametrize("num_reqs", [PROBE_REQUESTS, PROBE_REQUESTS + 1])
+def test_a_prediction_that_flatters_is_found_out(num_reqs: int) -> None:
+    switch, machine = Switch(plain_seconds), Machine(gain=0.9, noise=0.05, num_reqs=num_reqs)
     first = machine.run(switch, 1.2, 100)
     assert not switch.on and first["pause"] == switch.first_pauses
     later = machine.run(switch, 1.2, 4000)
@@ -74,6 +77,23 @@ def test_a_prediction_that_belittles_is_found_out_by_a_trial() -> None:
     assert machine.run(switch, 0.92, 4000)["all"] > 0.9 * 4000
     hopeless = Machine(gain=1.2)
     assert hopeless.run(Switch(plain_seconds), 0.7, 100)["all"] == 0
+
+
+@pytest.mark.parametrize(("predicted", "gain"), [(0.75, 1.3), (0.5, 1.5), (0.3, 2.0)])
+def test_a_small_batch_finds_out_what_costs_measured_in_a_bad_moment_deny(predicted, gain) -> None:
+    """Another process ran while the engine started: drafts look like a loss, and nothing else would ever show them."""
+    small = Machine(gain=gain, noise=0.05, num_reqs=1)
+    assert small.run(Switch(plain_seconds), predicted, 8000)["all"] > 0.6 * 8000
+    large = Machine(gain=gain, noise=0.05, num_reqs=16)
+    assert large.run(Switch(plain_seconds), predicted, 8000)["all"] == 0
+
+
+@pytest.mark.parametrize("predicted", [0.2, 0.4, 0.75, 0.9])
+@pytest.mark.parametrize("num_cycles", [250, 4000])
+def test_probes_of_a_small_batch_cost_little_where_the_prediction_is_right(predicted, num_cycles):
+    machine = Machine(gain=predicted, noise=0.02, num_reqs=1)
+    machine.run(Switch(plain_seconds), predicted, num_cycles)
+    assert machine.relative_rate > 0.98
 
 
 def test_a_trial_that_fails_is_short() -> None:
