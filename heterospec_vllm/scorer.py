@@ -48,7 +48,7 @@ class TreeScorer:
         return SamplerOutput(sampled_token_ids=tokens.int()[:, None], logprobs_tensors=None)
 
     def _reads_logits_alone(self, metadata: SamplingMetadata) -> bool:
-        """Whether every row's token follows from its raw logits, its temperature and a seed, and we can tell how."""
+        """Whether :func:`is_plain` holds and we can draw what vLLM's sampler would."""
         if not is_plain(metadata):
             return False
         sampler = self.sampler.topk_topp_sampler
@@ -67,8 +67,8 @@ class TreeScorer:
         """Walk the batch with the target's own samples; the output has vLLM's padded spec-decode form.
 
         Only visited rows are looked at, and a seeded request draws exactly one seed for every token it emits, as
-        without speculation. Where tokens follow from logits and temperature alone, the whole walk is one call;
-        otherwise vLLM's sampler runs once a depth.
+        without speculation. Where tokens follow from logits, temperature, top-k and top-p, the whole walk is one
+        call; otherwise vLLM's sampler runs once a depth.
         """
         first_row = np.zeros(trees.num_reqs, dtype=np.int64)
         np.cumsum(trees.num_nodes[:-1] + 1, out=first_row[1:])
@@ -146,7 +146,7 @@ def walk_logits(
     first_row: Ints,  # [num_reqs] the root's row of the logits
     metadata: SamplingMetadata | None = None,  # None: all are greedy
 ) -> Walk:
-    """`verify.walk` where tokens follow from logits, temperature and seed; one call where the library is there."""
+    """`verify.walk` where :func:`is_plain` holds; one call where the library is there."""
     greedy = metadata is None or metadata.all_greedy
     if not is_available():
         assert greedy
@@ -163,7 +163,15 @@ def walk_logits(
             return Walk(*(values.numpy() for values in walk_cpu(logits, *inputs, width)))
         assert metadata is not None and metadata.temperature is not None
         seeds = _Seeds(trees.num_reqs, width, metadata.generators)
-        walked = walk_cpu(logits, *inputs, width, metadata.temperature, seeds.values)
+        walked = walk_cpu(
+            logits,
+            *inputs,
+            width,
+            metadata.temperature,
+            seeds.values,
+            metadata.top_k,
+            metadata.top_p,
+        )
         seeds.give_back(walked[2])
     return Walk(*(values.numpy() for values in walked))
 
@@ -209,7 +217,7 @@ class _SampledLevel:
 
 
 def is_plain(metadata: SamplingMetadata) -> bool:
-    """Whether every row's token is the argmax of its raw logits, or a sample of them, and nothing else is asked for."""
+    """Whether a row's token is the argmax of its raw logits or a sample by temperature, top-k and top-p alone."""
     holder = metadata.thinking_budget_state_holder
     sampled = not metadata.all_greedy
     processors = metadata.logitsprocs
@@ -221,7 +229,6 @@ def is_plain(metadata: SamplingMetadata) -> bool:
         and metadata.allowed_token_ids_mask is None
         and not any(_is_active(p) for p in processors.non_argmax_invariant)
         and not (sampled and any(_is_active(p) for p in processors.argmax_invariant))
-        and not (sampled and (metadata.top_k is not None or metadata.top_p is not None))
         and not (holder is not None and holder.has_tracked_requests())
     )
 

@@ -168,6 +168,8 @@ def walk(
     max_emitted: int,
     temperatures: torch.Tensor | None = None,
     seeds: torch.Tensor | None = None,
+    top_k: torch.Tensor | None = None,
+    top_p: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What `walk_cpu` computes (same arguments)."""
     shape = tokens.shape[0], max_emitted
@@ -180,13 +182,32 @@ def walk(
             scores = logits[first_row[req] + row].float()
             if temperatures is not None and seeds is not None and temperatures[req] >= 1e-5:
                 noise = gumbel_noise(int(seeds[req, at]), scores.shape[0])
-                scores = (scores / temperatures[req]).double() + noise
+                scores = scores / temperatures[req]
+                k = scores.shape[0] if top_k is None else int(top_k[req])
+                p = 1.0 if top_p is None else float(top_p[req])
+                scores = best_tokens(scores, k, p).double() + noise
             token = scores.argmax()
             rows[req, at], emitted[req, at] = row, token
             num_emitted[req] += 1
             children = (parents[req, 1:] == row) & (tokens[req] == token)
             row = int(children.nonzero()[0, 0]) + 1 if children.any() else None
     return rows, emitted, num_emitted
+
+
+def best_tokens(
+    # [vocab_size]
+    logits: torch.Tensor,
+    top_k: int,
+    top_p: float,
+) -> torch.Tensor:
+    """The logits with -inf where top-k, then top-p leave a token out (vLLM's `apply_top_k_top_p`, in float64)."""
+    ordered, tokens = logits.sort(stable=True)
+    left_out = ordered < ordered[-top_k]
+    mass = ordered.double().masked_fill(left_out, -torch.inf).softmax(dim=0).cumsum(dim=0)
+    if top_p < 1.0:
+        left_out |= mass <= 1.0 - top_p
+    left_out[-1] = False
+    return logits.masked_fill(torch.zeros_like(left_out).scatter(0, tokens, left_out), -torch.inf)
 
 
 def gumbel_noise(seed: int, count: int) -> torch.Tensor:

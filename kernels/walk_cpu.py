@@ -7,7 +7,7 @@ import torch
 
 from .cpu_library import c_entry
 
-_PACK = struct.Struct("=6q9Q").pack  # csrc/walk.hpp: WalkArguments
+_PACK = struct.Struct("=6q11Q").pack  # csrc/walk.hpp: WalkArguments
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -26,13 +26,19 @@ def walk_cpu(
     temperatures: torch.Tensor | None = None,
     # [num_reqs, max_emitted], int64: of the noise at each depth of each request; with temperatures
     seeds: torch.Tensor | None = None,
+    # [num_reqs], int32: only the best so many tokens; vocab_size for all
+    top_k: torch.Tensor | None = None,
+    # [num_reqs], float32: only the best of that probability together; 1 for all
+    top_p: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """From each root: emit the row's token, go to the child that carries it, until there is none.
 
     (visited rows, emitted tokens), each [num_reqs, max_emitted] int64 with -1 beyond [num_reqs] int64, their number.
     Greedy: argmax as in `argmax_rows_cpu`, the first of equals, a NaN is the largest. Otherwise the token that vLLM's
     CPU op `fused_gumbel_argmax` draws from `logits.float() / temperature` and the seed: the largest of logit + Gumbel
-    noise, where the noise of a token is a hash of seed and token. Only visited rows are read.
+    noise, where the noise of a token is a hash of seed and token. top_k (which keeps all that equal the last) and then
+    top_p (of equal logits at its edge, higher tokens first) leave tokens out as vLLM's `apply_top_k_top_p` does, but
+    for sums that round to the other side of `top_p`. Only visited rows are read.
 
     Raises:
         LibraryUnavailable: the kernel cannot be built.
@@ -43,13 +49,12 @@ def walk_cpu(
     assert max_emitted >= 1
     for given in (first_row, parents, tokens):
         assert given.dtype == torch.int64 and given.is_contiguous()
-    noise = (0, 0)
     if temperatures is not None:
         assert seeds is not None and seeds.shape == (num_reqs, max_emitted)
-        assert temperatures.shape == (num_reqs,) and temperatures.dtype == torch.float32
         assert seeds.dtype == torch.int64 and seeds.is_contiguous()
-        assert temperatures.is_contiguous()
-        noise = temperatures.data_ptr(), seeds.data_ptr()
+    for one, dtype in ((temperatures, torch.float32), (top_k, torch.int32), (top_p, torch.float32)):
+        if one is not None:
+            assert one.shape == (num_reqs,) and one.dtype == dtype and one.is_contiguous()
     rows = torch.empty((num_reqs, max_emitted), dtype=torch.int64)
     emitted, num_emitted = torch.empty_like(rows), torch.empty_like(first_row)
     failed = c_entry("heterospec_walk")(
@@ -64,7 +69,7 @@ def walk_cpu(
             first_row.data_ptr(),
             parents.data_ptr(),
             tokens.data_ptr(),
-            *noise,
+            *(0 if one is None else one.data_ptr() for one in (temperatures, top_k, top_p, seeds)),
             rows.data_ptr(),
             emitted.data_ptr(),
             num_emitted.data_ptr(),

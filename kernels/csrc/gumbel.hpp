@@ -59,9 +59,13 @@ struct BestToken {
 
   // Of equals the first.
   void challenge(int64_t i) {
-    const double g = gumbel(noise_hash(key, i));
-    const double score = double(logit_of(i)) - logit + g;
-    if (score > noise || (score == noise && i < token)) take(i, g);
+    const uint64_t hash = noise_hash(key, i);
+    const double ahead = double(logit_of(i)) - logit;
+    // Noise g wins where g > noise - ahead; and 1 - u <= -log u = exp(-g). One exponential instead
+    // of two logarithms.
+    if ((double(~hash >> 11) + 0.5) * 0x1p-53 > std::exp(ahead - noise)) return;
+    const double g = gumbel(hash);
+    if (ahead + g > noise || (ahead + g == noise && i < token)) take(i, g);
   }
 };
 

@@ -98,14 +98,25 @@ def test_more_room_than_depth() -> None:
     assert walks(picking([4, 5, 1, 0]), root, PARENTS, TOKENS, 6)[2] == [3]
 
 
-def sampled(logits: torch.Tensor, temperature: float, seeds: torch.Tensor) -> torch.Tensor:
+def sampled(
+    logits: torch.Tensor,
+    temperature: float,
+    seeds: torch.Tensor,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> torch.Tensor:
     """[num_rows] what the kernel draws from each row, each a request without a tree; as the reference does."""
     num_reqs = logits.shape[0]
     empty = torch.full((num_reqs, 1), -1), torch.empty((num_reqs, 0), dtype=torch.int64)
+    filters = (
+        None if top_k is None else torch.full((num_reqs,), top_k, dtype=torch.int32),
+        None if top_p is None else torch.full((num_reqs,), top_p),
+    )
     temperatures = torch.full((num_reqs,), temperature)
-    walks(logits, torch.arange(num_reqs), *empty, 1, temperatures, seeds[:, None].contiguous())
-    got = walk_cpu(logits, torch.arange(num_reqs), *empty, 1, temperatures, seeds[:, None])
-    return got[1][:, 0]
+    _, emitted, _ = walks(
+        logits, torch.arange(num_reqs), *empty, 1, temperatures, seeds[:, None], *filters
+    )
+    return torch.tensor(emitted)[:, 0]
 
 
 @settings(max_examples=40, deadline=None)
@@ -161,3 +172,57 @@ def test_samples_follow_the_softmax(dtype) -> None:
 def test_more_draws_than_columns_reach_every_token_of_a_flat_row() -> None:
     got = sampled(torch.zeros((3000, 130)), 1.0, torch.arange(3000))
     assert got.unique().numel() == 130
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    dtype=st.sampled_from(DTYPES),
+    columns=st.sampled_from([1, 2, 63, 64, 65, 300, 1000]),
+    temperature=st.sampled_from([0.05, 0.7, 1.0, 3.0]),
+    spread=st.sampled_from([0.0, 1.0, 8.0, 60.0]),
+    absent=st.sampled_from([0.0, 0.5]),
+    # A share at which no sum of equal probabilities ends.
+    top_p=st.sampled_from([None, 1.0, 0.99937, 0.90731, 0.3713, 1e-6]),
+    top_k=st.sampled_from([None, 1, 2, 20, 64, 1000]),
+    seed=st.integers(0, 2**31),
+)
+def test_the_best_tokens_equal_the_reference(
+    dtype, columns, temperature, spread, absent, top_p, top_k, seed
+) -> None:
+    """Ties at the edge (flat rows, 16-bit logits), tokens of logit -inf, more asked for than there are."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = spread * torch.randn((6, columns), generator=generator)
+    logits[torch.rand((6, columns), generator=generator) < absent] = -math.inf
+    logits[0] = spread * torch.randn(columns, generator=generator)
+    seeds = torch.randint(0, 2**31, (6,), generator=generator)
+    sampled(logits.to(dtype), temperature, seeds, top_k and min(top_k, columns), top_p)
+
+
+def test_only_the_best_tokens_are_drawn() -> None:
+    """Of probabilities 0.4, 0.3, 0.2, 0.1: the first two at top-p 0.6, all that equal the third at top-k 3."""
+    logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log().expand(500, 4).contiguous()
+    seeds = torch.arange(500)
+    assert sampled(logits, 1.0, seeds, top_p=0.6).unique().tolist() == [1, 3]
+    assert sampled(logits, 1.0, seeds, top_k=3).unique().tolist() == [1, 2, 3]
+    assert sampled(logits, 1.0, seeds, top_k=3, top_p=0.7).unique().tolist() == [1, 3]
+    assert sampled(torch.zeros((500, 4)), 1.0, seeds, top_k=2).unique().tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("filters", [(None, None), (2, None), (None, 0.5)])
+def test_rows_that_are_no_distribution_do_no_harm(filters) -> None:
+    """NaN, infinity, nothing at all: some token of the vocabulary, and the next request's is right."""
+    logits = torch.zeros((5, 100))
+    logits[0, 7] = math.nan
+    logits[1, :] = math.nan
+    logits[2, 50] = math.inf
+    logits[3, :] = -math.inf
+    logits[4, 33] = 90.0
+    empty = torch.full((5, 1), -1), torch.empty((5, 0), dtype=torch.int64)
+    given_filters = (
+        filters[0] and torch.full((5,), filters[0], dtype=torch.int32),
+        filters[1] and torch.full((5,), filters[1]),
+    )
+    ones, seeds = torch.ones(5), torch.arange(5)[:, None]
+    got = walk_cpu(logits, torch.arange(5), *empty, 1, ones, seeds, *given_filters)[1][:, 0]
+    assert ((got >= 0) & (got < 100)).all()
+    assert got[2:].tolist() == [50, 0, 33]

@@ -48,17 +48,36 @@ def metadata(temperatures: list[float], seeds: dict[int, int]) -> SamplingMetada
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("temperatures", [[1.0] * 6, [0.7, 0.0, 1.3, 0.0, 1.0, 0.2]])
-def test_a_plain_step_is_vllms(dtype, temperatures, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {},
+        {"top_p": torch.tensor([0.9, 1.0, 0.2, 0.5, 0.99, 1e-6])},
+        {"top_k": torch.tensor([1, 5000, 40, 7, 3, 1000], dtype=torch.int32)},
+        {
+            "top_p": torch.tensor([0.9, 1.0, 0.2, 0.5, 0.99, 0.8]),
+            "top_k": torch.tensor([20, 5000, 40, 7, 3, 1000], dtype=torch.int32),
+        },
+    ],
+)
+def test_a_plain_step_is_vllms(dtype, temperatures, filters, monkeypatch) -> None:
     """Ours takes the generator of the process where a request has none, as vLLM's does: equal for equal seeds."""
     sampler = Sampler()
     ours = TreeScorer(sampler)
     logits = (4.0 * torch.randn((6, 5000), generator=torch.Generator().manual_seed(1))).to(dtype)
     given = {i: 100 + i for i, temperature in enumerate(temperatures) if temperature and i < 5}
-    mine, theirs = metadata(temperatures, given), metadata(temperatures, given)
+    # vLLM's top-k changes its argument.
+    mine, theirs = (
+        replace(metadata(temperatures, given), **{k: v.clone() for k, v in filters.items()})
+        for _ in range(2)
+    )
     calls = []
     walk_cpu = scorer_module.walk_cpu
     monkeypatch.setattr(scorer_module, "walk_cpu", lambda *args: calls.append(1) or walk_cpu(*args))
+    kept = theirs.top_k
     for step in range(5):
+        if kept is not None:
+            theirs = replace(theirs, top_k=kept.clone())
         torch.manual_seed(step)
         got = ours.sample_plain(logits.clone(), mine)
         torch.manual_seed(step)
@@ -111,8 +130,6 @@ def test_a_walk_draws_as_many_seeds_as_it_emits(monkeypatch) -> None:
 @pytest.mark.parametrize(
     "asked",
     [
-        {"top_p": torch.tensor([0.9])},
-        {"top_k": torch.tensor([5])},
         {"max_num_logprobs": 2},
         {"no_penalties": False},
         {"bad_words_token_ids": {0: [[1]]}},
