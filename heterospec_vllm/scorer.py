@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import torch
+from vllm.logger import init_logger
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
@@ -20,6 +22,8 @@ from heterospec_vllm.kernels.walk_cpu import walk_cpu
 from heterospec_vllm.timing import CLOCK
 from heterospec_vllm.tree import DraftTrees, Ints
 from heterospec_vllm.verify import Walk, walk
+
+logger = init_logger(__name__)
 
 
 class TreeScorer:
@@ -53,9 +57,9 @@ class TreeScorer:
             return False
         sampler = self.sampler.topk_topp_sampler
         return metadata.all_greedy or (
-            is_available()
-            and not sampler.use_fp64_gumbel
+            not sampler.use_fp64_gumbel
             and sampler.forward == sampler.forward_cpu
+            and draws_as_vllm()
         )
 
     def walk(
@@ -174,6 +178,23 @@ def walk_logits(
         )
         seeds.give_back(walked[2])
     return Walk(*(values.numpy() for values in walked))
+
+
+@cache
+def draws_as_vllm() -> bool:
+    """Whether our kernel draws from a seed what the installed vLLM does: the noise is no promise of vLLM's."""
+    op = getattr(torch.ops._C, "fused_gumbel_argmax", None)
+    if op is None or not is_available():
+        return False
+    logits = 3.0 * torch.randn((16, 517), generator=torch.Generator().manual_seed(0))
+    seeds = torch.arange(16)
+    trees = DraftTrees.empty(16)
+    inputs = (torch.from_numpy(values) for values in (trees.parents, trees.tokens))
+    _, drawn, _ = walk_cpu(logits, seeds, *inputs, 1, torch.ones(16), seeds[:, None])
+    alike = torch.equal(drawn[:, 0], op(logits, seeds))
+    if not alike:
+        logger.info("heterospec: vLLM's sampler draws other samples than ours, so it is called.")
+    return alike
 
 
 class _Seeds:

@@ -2,6 +2,7 @@
 """Sampling on CPU in our kernel: token for token what vLLM's own sampler draws, seeds included."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from vllm.v1.sample.sampler import Sampler
 
 from heterospec_vllm import scorer as scorer_module
 from heterospec_vllm.kernels.tree_attention_cpu import is_available
-from heterospec_vllm.scorer import TreeScorer, is_plain
+from heterospec_vllm.scorer import TreeScorer, draws_as_vllm, is_plain
 from heterospec_vllm.tree import DraftTrees
 
 pytestmark = pytest.mark.skipif(
@@ -141,3 +142,18 @@ def test_whatever_else_is_asked_for_goes_to_vllms_sampler(asked) -> None:
     plain = metadata([1.0], {})
     assert is_plain(plain)
     assert not is_plain(replace(plain, **asked))
+
+
+def test_a_vllm_that_draws_otherwise_keeps_its_sampler(monkeypatch) -> None:
+    """What noise a seed gives is vLLM's own affair: a version that changes it is asked itself."""
+    sampler = Sampler()
+    ours = TreeScorer(sampler)
+    sampled, greedy = metadata([1.0], {}), metadata([0.0], {})
+    assert draws_as_vllm() and ours._reads_logits_alone(sampled)
+    other = SimpleNamespace(fused_gumbel_argmax=lambda logits, seeds: logits.argmax(dim=-1))
+    draws_as_vllm.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(scorer_module.torch.ops, "_C", other)
+        assert not ours._reads_logits_alone(sampled)
+        assert ours._reads_logits_alone(greedy)
+    draws_as_vllm.cache_clear()
