@@ -72,6 +72,7 @@ def test_a_plain_step_is_vllms(dtype, temperatures, filters, monkeypatch) -> Non
         replace(metadata(temperatures, given), **{k: v.clone() for k, v in filters.items()})
         for _ in range(2)
     )
+    assert draws_as_vllm()  # which is a call of its own, once
     calls = []
     walk_cpu = scorer_module.walk_cpu
     monkeypatch.setattr(scorer_module, "walk_cpu", lambda *args: calls.append(1) or walk_cpu(*args))
