@@ -6,9 +6,9 @@ import struct
 import torch
 
 from .cpu_library import c_entry
+from .tree_attention_cpu import DTYPE_CODES
 
 _PACK = struct.Struct("=6q11Q").pack  # csrc/walk.hpp: WalkArguments
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def walk_cpu(
@@ -44,7 +44,7 @@ def walk_cpu(
         LibraryUnavailable: the kernel cannot be built.
     """
     num_reqs, max_nodes = tokens.shape
-    assert logits.dtype in _DTYPES and logits.stride(1) == 1, (logits.dtype, logits.stride())
+    assert logits.dtype in DTYPE_CODES and logits.stride(1) == 1, (logits.dtype, logits.stride())
     assert first_row.shape == (num_reqs,) and parents.shape == (num_reqs, max_nodes + 1)
     assert max_emitted >= 1
     for given in (first_row, parents, tokens):
@@ -59,7 +59,7 @@ def walk_cpu(
     emitted, num_emitted = torch.empty_like(rows), torch.empty_like(first_row)
     failed = c_entry("heterospec_walk")(
         _PACK(
-            _DTYPES[logits.dtype],
+            DTYPE_CODES[logits.dtype],
             num_reqs,
             max_nodes,
             max_emitted,
