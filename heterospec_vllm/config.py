@@ -74,6 +74,11 @@ class HeteroSpecConfig(BaseModel):
         "with the package is used if it fits; otherwise `marginal` learns from its own steps.",
         json_schema_extra={"allowed": "the path of a profile, or null"},
     )
+    packed_linears: bool = Field(
+        default=True,
+        description="CPU only: the target's linear layers go through our products where those are "
+        "the faster ones; `false` leaves them to vLLM. Both round in their own ways.",
+    )
     paper_first_index: Literal[0, 1] = Field(
         default=0,
         description="`paper` only: the number of the lowest stratum in its formulas, which the "
@@ -123,9 +128,9 @@ class RequestOptions(BaseModel):
 class ConfigCarrier(str):
     """Our config as a value of vLLM's `additional_config`.
 
-    vLLM hashes that dict as JSON into its compile cache key. As a string with one constant text
-    this value adds nothing that varies, so all policies share one compilation, while whatever
-    else the user put there keeps its effect.
+    vLLM hashes that dict as JSON into its compile cache key. As a string that names only what changes
+    the compiled graph, all policies share one compilation, while whatever else the user put there
+    keeps its effect.
     """
 
     config: HeteroSpecConfig
@@ -133,7 +138,8 @@ class ConfigCarrier(str):
     metrics_file: str | None  # path of the file that brings metrics from the worker to the server
 
     def __new__(cls, config: HeteroSpecConfig, metrics_file: str | None = None) -> "ConfigCarrier":
-        carrier = super().__new__(cls, METHOD)
+        text = f"{METHOD} with packed linears" if config.packed_linears else METHOD
+        carrier = super().__new__(cls, text)
         carrier.config = config
         carrier.metrics_file = metrics_file
         return carrier
@@ -268,6 +274,8 @@ def allowed_values(model: type[BaseModel], key: str) -> str:
             kind, bounds = get_args(member)[0], get_args(member)[1].metadata
     if get_origin(kind) is Literal:
         return ", ".join(repr(value) for value in get_args(kind))
+    if kind is bool:
+        return "true, false"
     assert kind is int, f"{key} has no words for what it allows"
     low = next(bound.ge for bound in bounds if hasattr(bound, "ge"))
     high = next(bound.le for bound in bounds if hasattr(bound, "le"))

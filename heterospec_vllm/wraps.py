@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every function of vLLM that the plugin wraps, each with its record.
+"""Every function of vLLM that the plugin wraps, each with its record (one more in packed_linears.py).
 
 A wrap calls the original. For configs that are not ours it passes arguments and result through.
 """
 
+import contextlib
 import functools
 import importlib
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ class Wrap:
     """One wrapped function: what, why, until when, and the signature that the wrapper relies on."""
 
     module: str
-    owner: str
+    owner: str | None  # a class, or None for a function of the module
     name: str
     parameters: tuple[str, ...]
     why: str
@@ -39,15 +40,14 @@ class Wrap:
 
     @property
     def target(self) -> str:
-        return f"{self.module}.{self.owner}.{self.name}"
+        return ".".join(filter(None, (self.module, self.owner, self.name)))
 
     def find(self) -> Any:
         """The attribute as it is now, a staticmethod object included; None where it is gone."""
         try:
-            module = importlib.import_module(self.module)
+            return inspect.getattr_static(self._holder(), self.name, None)
         except ModuleNotFoundError:
             return None
-        return inspect.getattr_static(getattr(module, self.owner, None), self.name, None)
 
     def reason(self) -> str | None:
         """Why the target cannot be wrapped or is no longer wrapped by us, or None."""
@@ -68,14 +68,33 @@ class Wrap:
 
     def apply(self) -> None:
         """Wraps the target; a second call does nothing. Only for a target without a `reason`."""
-        if self in _applied:
-            return
+        if self not in _applied:
+            _applied[self] = self._replace()
+
+    @contextlib.contextmanager
+    def while_loading(self) -> Iterator[None]:
+        """Wraps the target for as long as a block runs. Raises ValueError where it cannot be wrapped."""
+        reason = self.reason()
+        if reason is not None:
+            raise ValueError(f"heterospec: {reason}")
+        raw = self.find()
+        self._replace()
+        try:
+            yield
+        finally:
+            setattr(self._holder(), self.name, raw)
+
+    def _replace(self) -> Callable[..., Any]:
         raw = self.find()
         original = _function(raw)
         wrapper = functools.wraps(original)(self.make(original))
-        owner = getattr(importlib.import_module(self.module), self.owner)
-        setattr(owner, self.name, staticmethod(wrapper) if raw is not original else wrapper)
-        _applied[self] = wrapper
+        setattr(self._holder(), self.name, staticmethod(wrapper) if raw is not original else wrapper)
+        return wrapper
+
+    def _holder(self) -> Any:
+        """What has the target as an attribute; None where it is gone."""
+        module = importlib.import_module(self.module)
+        return module if self.owner is None else getattr(module, self.owner, None)
 
 
 _applied: dict[Wrap, Callable[..., Any]] = {}

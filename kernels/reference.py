@@ -298,6 +298,19 @@ def top_tokens(
     return tokens, log_probs.float()
 
 
+def packed_linear(
+    # [num_rows, depth]
+    rows: torch.Tensor,
+    # [num_columns, depth], as checkpoints hold it
+    weight: torch.Tensor,
+    # [num_columns]
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """[num_rows, num_columns] float64: a linear layer."""
+    out = rows.double() @ weight.double().T
+    return out if bias is None else out + bias.double()
+
+
 def tap_fusion(
     features: torch.Tensor, norms: torch.Tensor | None, weight: torch.Tensor, epsilon: float
 ) -> torch.Tensor:

@@ -8,6 +8,7 @@ forward -> ``_sample`` walks and compacts -> ``propose_draft_token_ids`` drafts 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -29,8 +30,10 @@ from heterospec_vllm.attention.cpu import (
 from heterospec_vllm.attention.op_choice import VLLMS, OpChoice, choose_op
 from heterospec_vllm.attention.op_timing import Heads
 from heterospec_vllm.catch_up import HeadProgress
+from heterospec_vllm.config import from_vllm_config
 from heterospec_vllm.drafter import HeteroSpecProposer
 from heterospec_vllm.kernels.tree_attention_cpu import is_available
+from heterospec_vllm.packed_linears import DISPATCH
 from heterospec_vllm.runners.shared import SpeculatingRunner
 from heterospec_vllm.runners.step import Step, true_rows, without_speculation
 from heterospec_vllm.scorer import TreeScorer
@@ -58,6 +61,11 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
             self.is_pooling_model,
             (),
         )
+
+    def load_model(self, load_dummy_weights: bool = False) -> None:
+        config = from_vllm_config(self.vllm_config)
+        with DISPATCH.while_loading() if config.packed_linears else nullcontext():
+            super().load_model(load_dummy_weights)
 
     def _draws_trees(self) -> bool:
         return is_available()

@@ -119,6 +119,27 @@ struct Panels {
 #endif
 };
 
+// Rows of A, read from the left. The compiler would hold an address a row, and some of them in vector registers; four rows
+// share one here.
+template <int kRows, typename T>
+struct RowsOfA {
+  static constexpr int kShared = 4, kBases = (kRows + kShared - 1) / kShared;
+  const T* base[kBases];
+  int64_t lda;
+
+  HETEROSPEC_INLINE RowsOfA(const T* a, int64_t lda) : lda(lda) {
+    for (int i = 0; i < kBases; ++i) base[i] = a + i * kShared * lda;
+  }
+  HETEROSPEC_INLINE const T* row(int r) const { return base[r / kShared] + r % kShared * lda; }
+  HETEROSPEC_INLINE void advance(int count) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kBases; ++i) {
+      base[i] += count;
+      asm("" : "+r"(base[i]));  // an address of its own
+    }
+  }
+};
+
 // `keep` null: C is overwritten. Otherwise row r of C is first multiplied by keep[r].
 // `ahead`: a matrix like B that is wanted soon, fetched meanwhile (any address).
 template <int kRows, int kVectors, typename B>
@@ -130,16 +151,24 @@ void gemm_tile(const float* a, int lda, B b, float* c, int ldc, int depth, const
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v)
       acc[r][v] = keep ? load(c + r * ldc + v * kLanes) * keep[r] : splat(0.0f);
-  for (int k = 0; k < depth; ++k) {
+  RowsOfA<kRows, float> left(a, lda);
+  const auto step = [&](int k) HETEROSPEC_INLINE_LAMBDA {
     vf16 right[kVectors];
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) right[v] = b.at(k, v * kLanes);
-    if (k % 2 == 0) ahead.template prefetch<kVectors>(k);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) acc[r][v] += right[v] * a[r * lda + k];
+      for (int v = 0; v < kVectors; ++v) acc[r][v] += right[v] * *left.row(r);
+    left.advance(1);
+  };
+  int k = 0;
+  for (; k + 1 < depth; k += 2) {
+    ahead.template prefetch<kVectors>(k);
+    step(k);
+    step(k + 1);
   }
+  if (k < depth) step(k);
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
@@ -183,13 +212,14 @@ void gemm_tile(const bf16* a, int lda, B b, float* c, int ldc, int depth, const 
       acc[r][v] = keep ? (__m512)(load(c + r * ldc + v * kLanes) * keep[r]) : _mm512_setzero_ps();
     if (B::kLaneOrder && keep) to_lane_order<kVectors>(acc[r]);
   }
-  for (int k = 0; k < depth; k += 2) {
+  RowsOfA<kRows, bf16> lefts(a, lda);
+  for (int k = 0; k < depth; k += 2, lefts.advance(2)) {
     __m512i right[kVectors];
     b.template pairs<kVectors>(k, right);
     ahead.template prefetch<kVectors>(k);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      const __m512bh left = (__m512bh)_mm512_set1_epi32(load_raw<int32_t>(a + r * lda + k));
+      const __m512bh left = (__m512bh)_mm512_set1_epi32(load_raw<int32_t>(lefts.row(r)));
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v)
         acc[r][v] = _mm512_dpbf16_ps(acc[r][v], left, (__m512bh)right[v]);

@@ -28,6 +28,7 @@
 namespace heterospec {
 
 #define HETEROSPEC_INLINE inline __attribute__((always_inline))
+#define HETEROSPEC_INLINE_LAMBDA __attribute__((always_inline))
 
 constexpr int kLanes = 16;
 

@@ -3,6 +3,7 @@
 #include "argmax.hpp"
 #include "head_layer.hpp"
 #include "kv_compact.hpp"
+#include "packed_linear.hpp"
 #include "parallel_attend.hpp"
 #include "tap_fusion.hpp"
 #include "top_tokens.hpp"
@@ -61,6 +62,16 @@ HETEROSPEC_EXPORT int heterospec_fuse_taps(const heterospec::TapArguments* args)
     case 0: heterospec::fuse_taps<float>(*args); return 0;
     case 1: heterospec::fuse_taps<heterospec::bf16>(*args); return 0;
     case 2: heterospec::fuse_taps<heterospec::f16>(*args); return 0;
+    default: return 1;
+  }
+}
+
+// Returns 0, or 1 for a dtype code it does not know.
+HETEROSPEC_EXPORT int heterospec_packed_linear(const heterospec::PackedLinearArguments* args) {
+  switch (args->dtype) {
+    case 0: heterospec::packed_linear<float>(*args); return 0;
+    case 1: heterospec::packed_linear<heterospec::bf16>(*args); return 0;
+    case 2: heterospec::packed_linear<heterospec::f16>(*args); return 0;
     default: return 1;
   }
 }

@@ -148,8 +148,14 @@ def test_shipped_config_is_valid_and_names_every_key() -> None:
 def test_carrier_travels_and_hides_from_json(travel: Any) -> None:
     config = parsed(top_k=2)
     carried = travel({METHOD: ConfigCarrier(config), "mine": 1})
-    assert json.dumps(carried) == json.dumps({METHOD: METHOD, "mine": 1})
+    text = f"{METHOD} with packed linears"
+    assert json.dumps(carried) == json.dumps({METHOD: text, "mine": 1})
     assert from_vllm_config(SimpleNamespace(additional_config=carried)) == config
+
+
+def test_what_changes_the_compiled_graph_shows_in_its_cache_key() -> None:
+    assert ConfigCarrier(parsed(packed_linears=False)) == METHOD
+    assert ConfigCarrier(parsed(policy="plain")) == ConfigCarrier(parsed()) != METHOD
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from heterospec_vllm import wraps
+from heterospec_vllm.packed_linears import DISPATCH
 from heterospec_vllm.wraps import WRAPS, Wrap
 
 
@@ -61,7 +62,10 @@ CHECK = wrap("check", ("self", "value"), 1)
 PARSE = wrap("parse", ("text",), "!")
 
 
-@pytest.mark.parametrize("record", WRAPS, ids=lambda record: record.target)
+RECORDS = (*WRAPS, DISPATCH)
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.target)
 def test_target_exists_as_recorded(record: Wrap) -> None:
     """Fails on a vLLM that moved, renamed or changed what we wrap."""
     found = record.find()
@@ -72,7 +76,7 @@ def test_target_exists_as_recorded(record: Wrap) -> None:
     assert record.reason() is None
 
 
-@pytest.mark.parametrize("record", WRAPS, ids=lambda record: record.target)
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.target)
 def test_record_is_complete(record: Wrap) -> None:
     assert record.why.endswith(".") and record.remove_when.endswith(".")
 
@@ -85,6 +89,19 @@ def test_apply_wraps_once() -> None:
     # A staticmethod stays one: called on an instance it gets no `self`.
     assert Upstream.parse("a") == Upstream().parse("a") == "a!"
     assert CHECK.reason() is None and PARSE.reason() is None
+
+
+def test_a_wrap_for_the_time_of_a_block_leaves_no_trace() -> None:
+    function, staticmethod_ = vars(Upstream)["check"], vars(Upstream)["parse"]
+    with CHECK.while_loading(), PARSE.while_loading():
+        assert Upstream().check(1) == 2 and Upstream().parse("a") == "a!"
+    with pytest.raises(RuntimeError, match="loading"), CHECK.while_loading():
+        raise RuntimeError("loading")
+    assert vars(Upstream)["check"] is function and vars(Upstream)["parse"] is staticmethod_
+    gone = Wrap(__name__, "Upstream", "gone", (), "a test", "never", plus(1))
+    error = pytest.raises(ValueError, match="heterospec: .*found no such function")
+    with error, gone.while_loading():
+        pass
 
 
 def test_changed_signature_is_a_reason() -> None:

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which linear layers go through our products, and that these stand for vLLM's."""
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from vllm.model_executor.layers import utils
+
+from heterospec_vllm import packed_linears
+from heterospec_vllm.kernels import tree_attention_cpu as kernel
+from heterospec_vllm.packed_linears import DISPATCH
+
+pytestmark = pytest.mark.skipif(not kernel.is_available(), reason="needs a C++ compiler")
+
+
+@pytest.fixture
+def isa(monkeypatch: pytest.MonkeyPatch):
+    """Sets what the kernels say they were built for."""
+
+    def named(name: str) -> None:
+        monkeypatch.setattr(packed_linears, "instruction_set", lambda: name)
+
+    named("avx2")
+    return named
+
+
+@pytest.fixture
+def theirs(monkeypatch: pytest.MonkeyPatch) -> list:
+    """The layers that were left to vLLM."""
+    left = []
+
+    def dispatch_cpu_unquantized_gemm(layer, remove_weight) -> None:
+        left.append((layer, remove_weight))
+
+    monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", dispatch_cpu_unquantized_gemm)
+    return left
+
+
+def dispatched(columns=48, depth=32, dtype=torch.float32, bias=True, remove_weight=True):
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(depth, columns, bias=bias, dtype=dtype)
+    with DISPATCH.while_loading(), torch.no_grad():
+        utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=remove_weight)
+    return layer
+
+
+@pytest.mark.parametrize("shape", [(5, 32), (32,), (2, 3, 32), (0, 32)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("remove_weight", [True, False])
+@torch.no_grad()
+def test_computes_the_layer(isa, theirs, shape, bias, remove_weight) -> None:
+    layer = dispatched(bias=bias, remove_weight=remove_weight)
+    assert not theirs
+    torch.manual_seed(0)
+    whole = torch.nn.Linear(32, 48, bias=bias)
+    x = torch.randn(shape)
+    got = utils.cpu_unquantized_gemm(layer, x, layer.weight, layer.bias)
+    torch.testing.assert_close(got, whole(x))
+
+
+@torch.no_grad()
+def test_an_embedding_keeps_its_weight_and_is_packed_when_used(isa, theirs, monkeypatch) -> None:
+    packs = []
+    pack = packed_linears.packed_linear_cpu.pack_weight
+    monkeypatch.setattr(
+        packed_linears.packed_linear_cpu, "pack_weight", lambda w: packs.append(1) or pack(w)
+    )
+    layer = dispatched(remove_weight=False)
+    assert layer.weight.shape == (48, 32) and not packs
+    for _ in range(2):
+        utils.cpu_unquantized_gemm(layer, torch.randn(2, 32), layer.weight, None)
+    assert len(packs) == 1
+
+
+@torch.no_grad()
+def test_compiles_for_any_number_of_rows(isa, theirs) -> None:
+    """One graph, as vLLM compiles it."""
+    layer = dispatched()
+
+    @torch.compile(dynamic=True, fullgraph=True, backend="aot_eager")
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return utils.cpu_unquantized_gemm(layer, x * 2, layer.weight, layer.bias) + 1
+
+    for rows in (3, 7):
+        x = torch.randn(rows, 32)
+        expected = utils.cpu_unquantized_gemm(layer, x * 2, layer.weight, layer.bias) + 1
+        torch.testing.assert_close(forward(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "ours"),
+    [
+        ("avx2", torch.bfloat16, True),
+        ("avx512", torch.float32, True),
+        ("avx512_bf16", torch.bfloat16, True),
+        ("amx", torch.float32, True),
+        ("amx", torch.bfloat16, False),
+        ("avx2", torch.float16, False),
+        ("portable", torch.float32, False),
+    ],
+)
+def test_only_where_it_was_measured_to_be_faster(isa, theirs, name, dtype, ours) -> None:
+    isa(name)
+    dispatched(dtype=dtype)
+    assert bool(theirs) is not ours
+
+
+def test_what_does_not_fit_is_left_to_vllm(isa, theirs, monkeypatch) -> None:
+    odd, remove = dispatched(columns=40), dispatched(remove_weight=False, depth=8)
+    assert theirs == [(odd, True), (remove, False)]
+    monkeypatch.setattr(packed_linears, "unavailable_reason", lambda: "no compiler")
+    dispatched()
+    assert len(theirs) == 3
+
+
+def test_nothing_stays_wrapped() -> None:
+    before = utils.dispatch_cpu_unquantized_gemm
+    with DISPATCH.while_loading():
+        assert utils.dispatch_cpu_unquantized_gemm is not before
+    assert utils.dispatch_cpu_unquantized_gemm is before
