@@ -88,7 +88,9 @@ class Wrap:
         raw = self.find()
         original = _function(raw)
         wrapper = functools.wraps(original)(self.make(original))
-        setattr(self._holder(), self.name, staticmethod(wrapper) if raw is not original else wrapper)
+        setattr(
+            self._holder(), self.name, staticmethod(wrapper) if raw is not original else wrapper
+        )
         return wrapper
 
     def _holder(self) -> Any:

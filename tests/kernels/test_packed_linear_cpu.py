@@ -14,7 +14,12 @@ pytestmark = pytest.mark.usefixtures("cpu_build")
 # Relative to the largest term: float32 sums in another order; the others round the sum once, bfloat16 to 8 bits and
 # float16 to 11.
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
-KINDS = [(torch.float32, None), (torch.float16, None), (torch.bfloat16, False), (torch.bfloat16, True)]
+KINDS = [
+    (torch.float32, None),
+    (torch.float16, None),
+    (torch.bfloat16, False),
+    (torch.bfloat16, True),
+]
 
 
 def layer(num_rows: int, columns: int, depth: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
