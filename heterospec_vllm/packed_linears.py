@@ -52,7 +52,7 @@ def _packed_linear(
 
 
 def _wrap_dispatch(original: Callable[..., None]) -> Callable[..., None]:
-    def dispatch_cpu_unquantized_gemm(layer: torch.nn.Module, remove_weight: bool) -> None:
+    def dispatch_cpu_unquantized_gemm(layer: Any, remove_weight: bool) -> None:
         reason = _misfit(layer)
         if reason is not None:
             logger.debug("heterospec: a linear layer goes through vLLM's product: %s", reason)

@@ -30,7 +30,6 @@ from heterospec_vllm.attention.cpu import (
 from heterospec_vllm.attention.op_choice import VLLMS, OpChoice, choose_op
 from heterospec_vllm.attention.op_timing import Heads
 from heterospec_vllm.catch_up import HeadProgress
-from heterospec_vllm.config import from_vllm_config
 from heterospec_vllm.drafter import HeteroSpecProposer
 from heterospec_vllm.kernels.tree_attention_cpu import is_available
 from heterospec_vllm.packed_linears import DISPATCH
@@ -63,8 +62,7 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
         )
 
     def load_model(self, load_dummy_weights: bool = False) -> None:
-        config = from_vllm_config(self.vllm_config)
-        with DISPATCH.while_loading() if config.packed_linears else nullcontext():
+        with DISPATCH.while_loading() if self._config.packed_linears else nullcontext():
             super().load_model(load_dummy_weights)
 
     def _draws_trees(self) -> bool:
