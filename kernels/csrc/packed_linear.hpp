@@ -119,27 +119,49 @@ void packed_linear_chunk(const PackedLinearArguments& args, const A* left, int64
   }
 }
 
+// The input's rows as what they are multiplied as, for every thread of a team.
+template <typename T, typename A>
+class Lefts {
+ public:
+  const A* data;
+  int64_t stride;
+
+  // shared: memory of the thread that starts the team.
+  Lefts(const PackedLinearArguments& args, Buffer<A>& shared) : stride(args.depth) {
+    const T* input = static_cast<const T*>(args.input);
+    if constexpr (std::is_same_v<T, A>) {
+      data = input;
+      stride = args.input_stride;
+    } else if (args.num_rows * args.depth <= kOwnValues) {
+      static thread_local Buffer<A> own;
+      A* to = own.at_least(args.num_rows * args.depth);
+      for (int64_t r = 0; r < args.num_rows; ++r)
+        convert(input + r * args.input_stride, to + r * args.depth, args.depth);
+      data = to;
+    } else {
+#pragma omp single
+      shared.at_least(args.num_rows * args.depth);
+      A* to = shared.at_least(0);
+      for (Share s(args.num_rows); s.begin < s.end; ++s.begin)
+        convert(input + s.begin * args.input_stride, to + s.begin * args.depth, args.depth);
+#pragma omp barrier
+      data = to;
+    }
+  }
+
+ private:
+  // Up to here each thread converts all rows sooner than it would wait for the others.
+  static constexpr int64_t kOwnValues = 16 << 10;
+};
+
 // A: what the rows are multiplied as, bfloat16 for products of pairs.
 template <typename T, typename A>
 void packed_linear_as(const PackedLinearArguments& args) {
-  static thread_local Buffer<A> converted;
-  const T* input = static_cast<const T*>(args.input);
-  const A* left = nullptr;
-  A* buffer = nullptr;
-  int64_t left_stride = args.input_stride;
-  if constexpr (std::is_same_v<T, A>) {
-    left = input;
-  } else {
-    left = buffer = converted.at_least(args.num_rows * args.depth);
-    left_stride = args.depth;
-  }
+  static thread_local Buffer<A> memory;
+  Buffer<A>& shared = memory;  // a thread_local is another one in each thread of the team
 #pragma omp parallel
   {
-    if constexpr (!std::is_same_v<T, A>) {
-      for (Share s(args.num_rows); s.begin < s.end; ++s.begin)
-        convert(input + s.begin * args.input_stride, buffer + s.begin * args.depth, args.depth);
-#pragma omp barrier
-    }
+    const Lefts<T, A> lefts(args, shared);
     const Pieces pieces(args.num_rows, args.depth * sizeof(A));
     const int64_t panels = args.num_columns / kLanes;
     // Panels side by side save loads of the input, single ones are dealt out more evenly.
@@ -148,7 +170,7 @@ void packed_linear_as(const PackedLinearArguments& args) {
     for (Share s(strips * pieces.chunks); s.begin < s.end; ++s.begin) {
       const int64_t column = s.begin % strips * together * kLanes;
       const int width = int(std::min(together * kLanes, args.num_columns - column));
-      packed_linear_chunk<T>(args, left, left_stride, pieces, s.begin / strips, column, width);
+      packed_linear_chunk<T>(args, lefts.data, lefts.stride, pieces, s.begin / strips, column, width);
     }
   }
 }
