@@ -23,9 +23,10 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from vllm.model_executor.models.llama import LlamaAttention
 from vllm.model_executor.models.llama_eagle3 import Eagle3LlamaForCausalLM, LlamaDecoderLayer
 
-from heterospec_vllm.kernels import tap_fusion_cpu, top_tokens_cpu
+from heterospec_vllm.kernels import packed_linear_cpu, tap_fusion_cpu, top_tokens_cpu
 from heterospec_vllm.kernels.head_layer_cpu import HeadLayerWeights, head_layer_cpu
 from heterospec_vllm.kernels.tree_attention_cpu import unavailable_reason
+from heterospec_vllm.packed_linears import packed_weight
 from heterospec_vllm.taps import TapFusion
 from heterospec_vllm.tree import Floats, Ints
 
@@ -44,19 +45,17 @@ class FusedHead:
         if reason is not None:
             raise ValueError(reason)
         self._weights = _layer_weights(model)
-        # vLLM pads the rows of a small vocabulary.
-        self._logits_weight = model.lm_head.weight.data[: model.logits_processor.org_vocab_size]
+        self._vocab_size = model.logits_processor.org_vocab_size
+        self._logits_weight = _logits_weight(model.lm_head.weight.data, self._vocab_size)
         taps = TapFusion(model)
         self._norms, self._epsilon = taps.norms, taps.epsilon
         depth = model.model.fc_input_size
-        self._fc = _weight_of(model.model.fc, depth, self._weights.embedding.dtype)
-        reason = (
-            self._weights.misfit()
-            or top_tokens_cpu.misfit(self._logits_weight)
-            or tap_fusion_cpu.misfit(self._norms, self._fc)
-        )
+        self._fc = _packed_weight(model.model.fc, depth, self._weights.embedding.dtype)
+        reason = self._weights.misfit() or tap_fusion_cpu.misfit(self._norms, self._fc)
         if reason is not None:
             raise ValueError(reason)
+        # Prompts are read with torch's product, the faster one on AMX tiles where rows are many.
+        self._of_keys = key_columns(self._weights)
         self._offsets = model.draft_id_to_target_id
         self._attention = model.model.layers[0].self_attn.attn
 
@@ -79,13 +78,13 @@ class FusedHead:
     ) -> None:
         """Puts the keys and values of any number of tokens into the pages and computes nothing else of them."""
         attention = self._attention
-        keys, values = keys_and_values(self._weights, token_ids, positions, hidden)
+        keys, values = keys_and_values(self._weights, self._of_keys, token_ids, positions, hidden)
         attention.impl.do_kv_cache_update(attention, keys, values, attention.kv_cache, slots)
 
     def top_tokens(self, normed: torch.Tensor, top_k: int) -> tuple[Ints, Floats]:
         """[num_rows, top_k] each: the likeliest next tokens (target ids) and their log-probabilities."""
         tokens, log_probs = top_tokens_cpu.top_tokens_cpu(
-            normed, self._logits_weight, self._offsets, top_k
+            normed, self._logits_weight, self._vocab_size, self._offsets, top_k
         )
         return tokens.numpy(), log_probs.numpy()
 
@@ -146,8 +145,15 @@ def _norms(model: Any) -> tuple[Any, ...]:
     )
 
 
+def key_columns(weights: HeadLayerWeights) -> torch.Tensor:
+    """[2 * num_kv_heads * head_size, 2 * hidden_size] of the QKV weight, as checkpoints hold it."""
+    first = weights.num_heads * weights.head_size // packed_linear_cpu.LANES
+    return packed_linear_cpu.unpack_weight(weights.qkv[first:])
+
+
 def keys_and_values(
     weights: HeadLayerWeights,
+    of_keys: torch.Tensor,  # as `key_columns` gives it
     token_ids: torch.Tensor,  # [num_tokens]
     positions: torch.Tensor,  # [num_tokens]
     hidden: torch.Tensor,  # [num_tokens, hidden_size]
@@ -156,7 +162,6 @@ def keys_and_values(
     w, shape = weights, hidden.shape[1:]
     embedded = F.rms_norm(w.embedding[token_ids], shape, w.embed_norm, w.epsilon)
     normed = F.rms_norm(hidden, shape, w.hidden_norm, w.epsilon)
-    of_keys = w.qkv[w.num_heads * w.head_size :]
     heads = F.linear(torch.cat([embedded, normed], dim=-1), of_keys)
     keys, values = heads.unflatten(1, (2, w.num_kv_heads, w.head_size)).unbind(1)
     cosines, sines = w.cos_sin[positions, None].chunk(2, dim=-1)
@@ -178,11 +183,11 @@ def _layer_weights(model: Any) -> HeadLayerWeights:
         embedding=embedding,
         embed_norm=embed_norm,
         hidden_norm=hidden_norm,
-        qkv=_weight_of(attention.qkv_proj, 2 * hidden_size, dtype),
-        attention_output=_weight_of(attention.o_proj, attention.q_size, dtype),
+        qkv=_packed_weight(attention.qkv_proj, 2 * hidden_size, dtype),
+        attention_output=_packed_weight(attention.o_proj, attention.q_size, dtype),
         post_norm=post_norm,
-        gate_up=_weight_of(mlp.gate_up_proj, hidden_size, dtype),
-        down=_weight_of(mlp.down_proj, mlp.down_proj.input_size, dtype),
+        gate_up=_packed_weight(mlp.gate_up_proj, hidden_size, dtype),
+        down=_packed_weight(mlp.down_proj, mlp.down_proj.input_size, dtype),
         final_norm=final_norm,
         cos_sin=attention.rotary_emb.cos_sin_cache.float().contiguous(),
         head_size=attention.head_dim,
@@ -193,10 +198,25 @@ def _layer_weights(model: Any) -> HeadLayerWeights:
     )
 
 
-def _weight_of(linear: Any, depth: int, dtype: torch.dtype) -> torch.Tensor:
-    """[columns, depth] the weight of a linear layer, however vLLM has packed it: what it makes of unit vectors.
+def _logits_weight(weight: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Packed, whole panels of it: vLLM pads the rows of a small vocabulary."""
+    lanes = packed_linear_cpu.LANES
+    return _packed(weight[: -(-vocab_size // lanes) * lanes])
 
-    vLLM frees the checkpoint's layout after packing. Products with one are exact in every dtype.
+
+def _packed_weight(linear: Any, depth: int, dtype: torch.dtype) -> torch.Tensor:
+    """Of a linear layer, packed: as it goes through our product, or read back from vLLM's with unit vectors.
+
+    vLLM frees the checkpoint's layout after packing in its own way. Products with one are exact in every dtype.
     """
-    unit = linear.quant_method.apply(linear, torch.eye(depth, dtype=dtype), None)
-    return unit.T.contiguous()
+    packed = packed_weight(linear)
+    if packed is not None:
+        return packed
+    return _packed(linear.quant_method.apply(linear, torch.eye(depth, dtype=dtype), None).T)
+
+
+def _packed(weight: torch.Tensor) -> torch.Tensor:
+    reason = packed_linear_cpu.misfit(weight)
+    if reason is not None:
+        raise ValueError(reason)
+    return packed_linear_cpu.pack_weight(weight)

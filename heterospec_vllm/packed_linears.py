@@ -51,6 +51,12 @@ def _packed_linear(
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
+def packed_weight(layer: Any) -> torch.Tensor | None:
+    """A layer's weight as `pack_weight` left it, if the layer goes through our product."""
+    is_ours = getattr(layer, "cpu_linear", None) is _packed_linear
+    return layer.weight.data if is_ours else None
+
+
 def _wrap_dispatch(original: Callable[..., None]) -> Callable[..., None]:
     def dispatch_cpu_unquantized_gemm(layer: Any, remove_weight: bool) -> None:
         reason = _misfit(layer)

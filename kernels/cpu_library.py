@@ -51,8 +51,9 @@ def choose_build(build: str) -> None:
     """Takes entries from another build from now on (for tests).
 
     Args:
-        build: "native" for this CPU, "avx512" for it without AMX tiles, "avx2" for any with AVX2, or
-            "portable", which leaves out every CPU-specific instruction path.
+        build: "native" for this CPU; "pairs" for it without AMX tiles, multiplying bfloat16 in pairs whichever is
+            the faster (csrc/product_speed.hpp); "tiles" for it with AMX tiles in memory where it has
+            none; "avx2" for any with AVX2; or "portable", which leaves out every CPU-specific instruction path.
     """
     _Chosen.build = build
     c_entry.cache_clear()
@@ -111,8 +112,11 @@ def _find_compiler() -> list[str]:
 def _target_flags(build: str) -> list[str]:
     if build == "portable":
         return ["-DHETEROSPEC_PORTABLE"]
-    if build == "avx512":
-        return ["-march=native", "-mno-amx-tile", "-mno-amx-bf16", "-mno-amx-int8"]
+    if build == "pairs":
+        without_tiles = ["-mno-amx-tile", "-mno-amx-bf16", "-mno-amx-int8"]
+        return ["-march=native", *without_tiles, "-DHETEROSPEC_PAIRS"]
+    if build == "tiles":
+        return ["-march=native", "-DHETEROSPEC_EMULATED_TILES"]
     if build == "avx2":
         return ["-mavx2", "-mfma", "-mf16c"]
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")

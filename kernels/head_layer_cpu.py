@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from .cpu_library import c_entry
-from .linear_cpu import DEPTH_MULTIPLE
+from .packed_linear_cpu import size_of
 from .tree_attention_cpu import (
     BLOCK_SIZE_MULTIPLE,
     DTYPE_CODES,
@@ -23,16 +23,16 @@ _PACK = struct.Struct("=q8Q").pack  # the part after that, before its `attention
 
 @dataclass(frozen=True)
 class HeadLayerWeights:
-    """The layer's weights: contiguous, linear ones [columns, depth], all of one dtype but ``cos_sin``."""
+    """The layer's weights: contiguous, linear ones packed, all of one dtype but ``cos_sin``."""
 
     embedding: torch.Tensor  # [vocab_size, hidden_size]
     embed_norm: torch.Tensor  # [hidden_size]
     hidden_norm: torch.Tensor  # [hidden_size]
-    qkv: torch.Tensor  # [(num_heads + 2 * num_kv_heads) * head_size, 2 * hidden_size]
-    attention_output: torch.Tensor  # [hidden_size, num_heads * head_size]
+    qkv: torch.Tensor  # packed [(num_heads + 2 * num_kv_heads) * head_size, 2 * hidden_size]
+    attention_output: torch.Tensor  # packed [hidden_size, num_heads * head_size]
     post_norm: torch.Tensor  # [hidden_size]
-    gate_up: torch.Tensor  # [2 * intermediate_size, hidden_size]
-    down: torch.Tensor  # [hidden_size, intermediate_size]
+    gate_up: torch.Tensor  # packed [2 * intermediate_size, hidden_size]
+    down: torch.Tensor  # packed [hidden_size, intermediate_size]
     final_norm: torch.Tensor  # [hidden_size]
     cos_sin: torch.Tensor  # [max_positions, rotary_size] float32, cosines and then sines
     head_size: int
@@ -43,35 +43,34 @@ class HeadLayerWeights:
 
     @property
     def num_heads(self) -> int:
-        return self.attention_output.shape[1] // self.head_size
+        _, query_size = size_of(self.attention_output)
+        return query_size // self.head_size
 
     @property
     def num_kv_heads(self) -> int:
-        return (self.qkv.shape[0] // self.head_size - self.num_heads) // 2
+        columns, _ = size_of(self.qkv)
+        return (columns // self.head_size - self.num_heads) // 2
 
     def misfit(self) -> str | None:
         """Why the kernel cannot compute this layer, or None where it can."""
         hidden = self.embedding.shape[1]
         query = self.num_heads * self.head_size
         both = query + 2 * self.num_kv_heads * self.head_size
-        width = self.down.shape[1]
-        shapes = {
-            **dict.fromkeys(("embed_norm", "hidden_norm", "post_norm", "final_norm"), (hidden,)),
-            "embedding": (self.embedding.shape[0], hidden),
+        _, width = size_of(self.down)
+        norms = dict.fromkeys(("embed_norm", "hidden_norm", "post_norm", "final_norm"), (hidden,))
+        linears = {
             "qkv": (both, 2 * hidden),
             "attention_output": (hidden, query),
             "gate_up": (2 * width, hidden),
             "down": (hidden, width),
         }
-        for name, shape in shapes.items():
+        for name, shape in {"embedding": self.embedding.shape, **norms, **linears}.items():
             tensor: torch.Tensor = getattr(self, name)
-            if tuple(tensor.shape) != shape or not tensor.is_contiguous():
-                return f"{name} is {tuple(tensor.shape)}, allowed: contiguous {shape}"
+            found = size_of(tensor) if name in linears else tuple(tensor.shape)
+            if found != shape or not tensor.is_contiguous():
+                return f"{name} is {found}, allowed: contiguous {shape}"
             if tensor.dtype != self.embedding.dtype or tensor.dtype not in DTYPE_CODES:
                 return f"{name} is {tensor.dtype}, allowed: one of {list(DTYPE_CODES)} for all"
-        for name, size in {"hidden": hidden, "query": query, "intermediate": width}.items():
-            if size % DEPTH_MULTIPLE:
-                return f"the {name} size is {size}, allowed: multiples of {DEPTH_MULTIPLE}"
         if self.head_size not in SUPPORTED_HEAD_SIZES:
             return f"head_size is {self.head_size}, allowed: {list(SUPPORTED_HEAD_SIZES)}"
         if self.cos_sin.dtype != torch.float32 or not self.cos_sin.is_contiguous():
@@ -88,7 +87,7 @@ class HeadLayerWeights:
             raise ValueError(f"head_layer_cpu: {reason}")
         return _PACK_WEIGHTS(
             self.embedding.shape[1],
-            self.down.shape[1],
+            size_of(self.down)[1],
             self.cos_sin.shape[1],
             self.norm_before_residual,
             self.norm_output,

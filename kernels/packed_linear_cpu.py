@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A linear layer over any number of rows on CPU, its weight packed once (C++, csrc/packed_linear.hpp)."""
+"""A linear layer over any number of rows on CPU, its weight packed once (C++, csrc/linear.hpp)."""
 
 import struct
 
@@ -8,7 +8,7 @@ import torch
 from .cpu_library import c_entry
 from .tree_attention_cpu import DTYPE_CODES
 
-_PACK = struct.Struct("=6q4Q").pack  # csrc/packed_linear.hpp: PackedLinearArguments
+_PACK = struct.Struct("=5q4Q").pack  # csrc/packed_linear.hpp: PackedLinearArguments
 LANES = 16
 
 
@@ -38,6 +38,23 @@ def pack_weight(
     return panels.contiguous() if pair == 2 else panels.squeeze(-1).contiguous()
 
 
+def unpack_weight(
+    # as `pack_weight` leaves it
+    packed: torch.Tensor,
+) -> torch.Tensor:
+    """[num_columns, depth]: what was packed."""
+    panels = packed if packed.dim() == 4 else packed.unsqueeze(-1)
+    return panels.transpose(1, 2).reshape(size_of(packed))
+
+
+def size_of(
+    # as `pack_weight` leaves it
+    packed: torch.Tensor,
+) -> tuple[int, int]:
+    """(num_columns, depth) of what was packed."""
+    return packed.shape[0] * LANES, packed[0].numel() // LANES
+
+
 def packed_linear_cpu(
     # [num_rows, depth], columns adjacent
     rows: torch.Tensor,
@@ -45,15 +62,10 @@ def packed_linear_cpu(
     packed: torch.Tensor,
     # [num_columns]
     bias: torch.Tensor | None = None,
-    pairs: bool | None = None,
 ) -> torch.Tensor:
     """[num_rows, num_columns]: `torch.nn.functional.linear(rows, weight, bias)`, summed in float.
 
     A row's result does not depend on the other rows, to the bit.
-
-    Args:
-        pairs: for bfloat16, whether to take the instruction that multiplies pairs, where there is one; None for
-            whichever is the faster here (csrc/product_speed.hpp).
 
     Raises:
         LibraryUnavailable: the kernel cannot be built.
@@ -61,7 +73,7 @@ def packed_linear_cpu(
     num_rows, depth = rows.shape
     num_columns = packed.shape[0] * LANES
     assert rows.dtype == packed.dtype and rows.stride(1) == 1
-    assert packed.numel() == num_columns * depth
+    assert packed.numel() == num_columns * depth and packed.is_contiguous()
     assert bias is None or (bias.dtype == rows.dtype and bias.is_contiguous())
     out = torch.empty((num_rows, num_columns), dtype=rows.dtype)
     failed = c_entry("heterospec_packed_linear")(
@@ -71,7 +83,6 @@ def packed_linear_cpu(
             depth,
             num_columns,
             rows.stride(0),
-            2 if pairs is None else int(pairs),
             rows.data_ptr(),
             packed.data_ptr(),
             0 if bias is None else bias.data_ptr(),

@@ -4,6 +4,7 @@
 import torch
 
 from .head_layer_cpu import HeadLayerWeights
+from .packed_linear_cpu import unpack_weight
 
 
 def amx_pages(
@@ -255,11 +256,14 @@ def head_layer(
         scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + w.epsilon)
         return x * scale * weight.double()
 
+    def linear(x: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+        return x @ unpack_weight(packed).double().T
+
     before = hidden.double()
     normed_hidden = norm(before, w.hidden_norm)
     residual = normed_hidden if w.norm_before_residual else before
     embedded = norm(w.embedding[token_ids].double(), w.embed_norm)
-    heads = torch.cat([embedded, normed_hidden], dim=-1) @ w.qkv.double().T
+    heads = linear(torch.cat([embedded, normed_hidden], dim=-1), w.qkv)
     heads = heads.view(num_rows, -1, dim)
     half = w.cos_sin.shape[1] // 2
     cosines, sines = w.cos_sin[positions].double()[:, None].chunk(2, dim=-1)
@@ -282,17 +286,21 @@ def head_layer(
         for h in range(num_kv_heads):
             key_cache[block, h].view(dim, -1)[:, inside] = key[row, h]
             value_cache[block, h, inside] = value[row, h]
-    residual = residual + attended.double().flatten(1) @ w.attention_output.double().T
-    gate, up = (norm(residual, w.post_norm) @ w.gate_up.double().T).chunk(2, dim=-1)
-    residual = residual + (torch.nn.functional.silu(gate) * up) @ w.down.double().T
+    residual = residual + linear(attended.double().flatten(1), w.attention_output)
+    gate, up = linear(norm(residual, w.post_norm), w.gate_up).chunk(2, dim=-1)
+    residual = residual + linear(torch.nn.functional.silu(gate) * up, w.down)
     normed = norm(residual, w.final_norm).to(hidden.dtype)
     return normed, normed.clone() if w.norm_output else residual.to(hidden.dtype)
 
 
 def top_tokens(
-    rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor | None, top_k: int
+    rows: torch.Tensor,
+    # [draft_vocab_size, hidden_size], as checkpoints hold it
+    weight: torch.Tensor,
+    offsets: torch.Tensor | None,
+    top_k: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `top_tokens_cpu` computes (same arguments), in float64."""
+    """What `top_tokens_cpu` computes, in float64."""
     log_probs, columns = (rows.double() @ weight.double().T).log_softmax(dim=-1).topk(top_k)
     tokens = columns if offsets is None else columns + offsets[columns]
     return tokens, log_probs.float()
@@ -312,9 +320,13 @@ def packed_linear(
 
 
 def tap_fusion(
-    features: torch.Tensor, norms: torch.Tensor | None, weight: torch.Tensor, epsilon: float
+    features: torch.Tensor,
+    norms: torch.Tensor | None,
+    # [num_columns, num_taps * tap_size], as checkpoints hold it
+    weight: torch.Tensor,
+    epsilon: float,
 ) -> torch.Tensor:
-    """What `tap_fusion_cpu` computes (same arguments), in float64."""
+    """What `tap_fusion_cpu` computes, in float64."""
     taps = features.double()
     if norms is not None:
         taps = taps.unflatten(1, tuple(norms.shape))

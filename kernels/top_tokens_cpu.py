@@ -5,23 +5,19 @@ import struct
 
 import torch
 
-from . import linear_cpu
 from .cpu_library import c_entry
+from .packed_linear_cpu import LANES, size_of
 from .tree_attention_cpu import DTYPE_CODES
 
 _PACK = struct.Struct("=5q5Q").pack  # csrc/top_tokens.hpp: TopArguments
 
 
-def misfit(weight: torch.Tensor) -> str | None:
-    """Why the kernel cannot read a head's output weight, or None where it can."""
-    return linear_cpu.misfit("output", weight)
-
-
 def top_tokens_cpu(
     # [num_rows, hidden_size], contiguous
     rows: torch.Tensor,
-    # [draft_vocab_size, hidden_size], contiguous
-    weight: torch.Tensor,
+    # packed; columns beyond the vocabulary fill the last panel and are no tokens
+    packed: torch.Tensor,
+    draft_vocab_size: int,
     # [draft_vocab_size], int64: what is added to a column to get its token
     offsets: torch.Tensor | None,
     top_k: int,
@@ -33,8 +29,10 @@ def top_tokens_cpu(
     Raises:
         LibraryUnavailable: the kernel cannot be built.
     """
-    assert rows.dtype == weight.dtype and rows.is_contiguous() and weight.is_contiguous()
-    assert rows.shape[1] == weight.shape[1] and 1 <= top_k <= weight.shape[0]
+    num_columns, depth = size_of(packed)
+    assert rows.dtype == packed.dtype and rows.is_contiguous() and packed.is_contiguous()
+    assert rows.shape[1] == depth and 1 <= top_k <= draft_vocab_size
+    assert num_columns - LANES < draft_vocab_size <= num_columns
     assert offsets is None or offsets.dtype == torch.int64
     num_rows = rows.shape[0]
     tokens = torch.empty((num_rows, top_k), dtype=torch.int64)
@@ -43,11 +41,11 @@ def top_tokens_cpu(
         _PACK(
             DTYPE_CODES[rows.dtype],
             num_rows,
-            weight.shape[1],
-            weight.shape[0],
+            depth,
+            draft_vocab_size,
             top_k,
             rows.data_ptr(),
-            weight.data_ptr(),
+            packed.data_ptr(),
             0 if offsets is None else offsets.data_ptr(),
             tokens.data_ptr(),
             log_probs.data_ptr(),

@@ -45,20 +45,20 @@ struct Partial {
 };
 
 // Whether products are made in AMX tiles where the process may use them.
-template <typename T, typename Pages>
+template <typename L, typename Pages>
 #if defined(HETEROSPEC_AMX)
-constexpr bool kInTiles = std::is_same_v<T, bf16> && std::is_same_v<Pages, AmxPages>;
+constexpr bool kInTiles = std::is_same_v<L, bf16> && std::is_same_v<Pages, AmxPages>;
 #else
 constexpr bool kInTiles = false;
 #endif
 
-template <typename T, typename Pages>
+// T: what queries, pages and output hold; L: what queries and weights are multiplied as, bfloat16 for products of pairs.
+template <typename T, typename Pages, typename L>
 class Attend {
-  using L = typename Left<T>::type;
   using Matrix = typename Pages::template Matrix<T>;
   using Bits = unsigned __int128;
   static_assert(kChunk <= 128, "one bit a key of the chunk");
-  static constexpr int kRows = kInTiles<T, Pages> ? 16 : kTileRows;  // attended to together
+  static constexpr int kRows = kInTiles<L, Pages> ? 16 : kTileRows;  // attended to together
 
   struct Piece {  // keys of a chunk that lie in one cache block
     Matrix keys, values;
@@ -249,7 +249,7 @@ class Attend {
   static void multiply(int rows, const L* a, int lda, Matrix b, float* c, int ldc, int columns,
                        int depth, const float* keep, Matrix ahead) {
 #if defined(HETEROSPEC_AMX)
-    if constexpr (kInTiles<T, Pages>) {
+    if constexpr (kInTiles<L, Pages>) {
       if (Tiles::permitted())
         return tile_gemm(rows, a, lda, b, c, ldc, columns, depth, keep, ahead);
     }

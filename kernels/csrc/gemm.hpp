@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // C[rows, columns] (+)= A[rows, depth] * B[depth, columns], in register tiles of up to kTileRows rows and kTileVectors
 // vectors of columns. Both products of attention have this shape, scores = Q * K and output += P * V; how B lies in
-// memory is the cache's matter (pages.hpp): `Rows` or `Panels`.
+// memory is the cache's matter (pages.hpp): `Rows` or `Panels`. A linear layer's weight is `Panels`, too.
 #pragma once
 
 #include <algorithm>
@@ -28,18 +28,6 @@ struct Ones {
   }
 };
 inline constexpr Ones kOnes;
-
-// The type A is held in: bfloat16 pairs where the machine multiplies them, float otherwise.
-template <typename T>
-struct Left {
-  using type = float;
-};
-#if defined(HETEROSPEC_BF16_DOT)
-template <>
-struct Left<bf16> {
-  using type = bf16;
-};
-#endif
 
 // B row-major with a stride.
 template <typename T>
@@ -78,38 +66,37 @@ struct Rows {
 #endif
 };
 
-// B in panels of kLanes columns, `stride` elements apart, each [depth / 2][kLanes][2]: pairs of rows side by side.
-template <typename T>
+// B in panels of kLanes columns, `stride` elements apart: in bfloat16 each [depth / 2][kLanes][2], so that a pair of rows is
+// what one product of pairs takes and what two shifts widen; [depth][kLanes] in other types. kNear: the cache it is
+// fetched into ahead, 3 for the nearest.
+template <typename T, int kNear = 2>
 struct Panels {
+  static constexpr bool kLaneOrder = false;
+  static constexpr bool kPairs = std::is_same_v<T, bf16>;
   const T* data;
   int64_t stride;
-  static constexpr bool kLaneOrder = false;
 
   HETEROSPEC_INLINE Panels from_column(int64_t column) const {
-    return {pair(0, column), stride};
+    return {data + column / kLanes * stride, stride};
   }
   // row: even
-  HETEROSPEC_INLINE Panels from_row(int64_t row) const { return {pair(row, 0), stride}; }
-  // The pair that `row` belongs to, of each column of the panel; the pairs of later rows follow.
+  HETEROSPEC_INLINE Panels from_row(int64_t row) const { return {data + row * kLanes, stride}; }
+  // bfloat16: the pair that `row` belongs to, of all columns of the panel; the pairs of later rows follow.
   HETEROSPEC_INLINE const T* pair(int64_t row, int64_t column) const {
     return data + column / kLanes * stride + row / 2 * (2 * kLanes);
   }
   HETEROSPEC_INLINE vf16 at(int64_t row, int64_t column) const {
-    const T* from = pair(row, column);
-#if defined(HETEROSPEC_AVX512)
-    if constexpr (std::is_same_v<T, bf16>) {
-      const __m512i both = load_raw<__m512i>(from);
-      return (vf16)(row % 2 ? _mm512_and_si512(both, _mm512_set1_epi32(int(0xffff0000u)))
-                            : _mm512_slli_epi32(both, 16));
-    }
-#endif
-    T lanes[kLanes];
-    for (int i = 0; i < kLanes; ++i) lanes[i] = from[2 * i + row % 2];
-    return load(lanes);
+    if constexpr (kPairs)
+      return half<vf16>(row % 2, pair(row, column));
+    else
+      return load(data + column / kLanes * stride + row * kLanes);
   }
+  // Rows `row` and `row + 1`.
   template <int kVectors>
   HETEROSPEC_INLINE void prefetch(int64_t row) const {
-    for (int v = 0; v < kVectors; ++v) __builtin_prefetch(pair(row, v * kLanes), 0, 2);
+    for (int v = 0; v < kVectors; ++v)
+      for (size_t i = 0; i < 2 * kLanes; i += 64 / sizeof(T))
+        __builtin_prefetch(data + v * stride + row * kLanes + i, 0, kNear);
   }
 #if defined(HETEROSPEC_BF16_DOT)
   template <int kVectors>
@@ -117,6 +104,20 @@ struct Panels {
     for (int v = 0; v < kVectors; ++v) out[v] = load_raw<__m512i>(pair(row, v * kLanes));
   }
 #endif
+
+ private:
+  // One of each pair's values.
+  template <typename V>
+  HETEROSPEC_INLINE static V half(bool odd, const T* pairs) {
+    if constexpr (kIsTwice<V>) {
+      typedef decltype(V::low) Half;
+      return {half<Half>(odd, pairs), half<Half>(odd, pairs + kLanesOf<V>)};
+    } else {
+      typedef typename Like<V>::u32 u32;
+      const u32 bits = load_raw<u32>(pairs);
+      return bit_cast<V>(odd ? bits & 0xffff0000u : bits << 16);
+    }
+  }
 };
 
 // Rows of A, read from the left. The compiler would hold an address a row, and some of them in vector registers; four rows
@@ -247,7 +248,7 @@ void gemm_rows(const A* a, int lda, B b, float* c, int ldc, int columns, int dep
                         ahead.from_column(column));
 }
 
-// rows in 1..kTileRows; columns a multiple of 16. A: `Left` of what B holds.
+// rows in 1..kTileRows; columns a multiple of 16. A: float, or bfloat16 for products of B's pairs.
 template <int kRows = kTileRows, typename A, typename B>
 void gemm(int rows, const A* a, int lda, B b, float* c, int ldc, int columns, int depth,
           const float* keep, B ahead) {

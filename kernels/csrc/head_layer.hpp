@@ -3,14 +3,14 @@
 // rotary positions, attention (attend.hpp), output projection, gated MLP, final norm.
 #pragma once
 
-#include "dot.hpp"
+#include "linear.hpp"
 #include "parallel_attend.hpp"
 #include "rows.hpp"
 
 namespace heterospec {
 
 // Field order and sizes are those of `_PACK_WEIGHTS` and `_PACK` in head_layer_cpu.py. Matrices are
-// contiguous, linear weights [columns, depth].
+// contiguous, linear weights packed.
 struct HeadArguments {
   int64_t hidden_size, intermediate_size, rotary_size;
   int64_t norm_before_residual, norm_output;
@@ -27,10 +27,9 @@ struct HeadArguments {
   Arguments attention;                   // its query and output are this layer's own
 };
 
-template <typename T, typename Pages>
+// L: what rows are multiplied as, bfloat16 for products of pairs.
+template <typename T, typename Pages, typename L>
 class HeadLayer {
-  using L = typename Left<T>::type;
-
  public:
   explicit HeadLayer(const HeadArguments& args)
       : args_(args), attention_(args.attention), rows_(args.num_rows), hidden_(args.hidden_size) {
@@ -41,11 +40,12 @@ class HeadLayer {
     static thread_local Buffer<L> lefts;
     static thread_local Buffer<float> floats;
     static thread_local Buffer<T> attended;
-    left_ = lefts.at_least(rows_ * std::max({2 * hidden_, query_size_, width}));
-    residual_ = floats.at_least(rows_ * (2 * hidden_ + qkv_size + 2 * width));
-    sums_ = residual_ + rows_ * hidden_;
-    qkv_ = sums_ + rows_ * hidden_;
-    gates_ = qkv_ + rows_ * qkv_size;
+    const int64_t in_memory = whole_tiles(rows_);
+    left_ = lefts.at_least(in_memory * std::max({2 * hidden_, query_size_, width}));
+    residual_ = floats.at_least(in_memory * (2 * hidden_ + qkv_size + 2 * width));
+    sums_ = residual_ + in_memory * hidden_;
+    qkv_ = sums_ + in_memory * hidden_;
+    gates_ = qkv_ + in_memory * qkv_size;
     query_ = attended.at_least(2 * rows_ * query_size_);
     attended_ = query_ + rows_ * query_size_;
     attention_.query = query_;
@@ -57,7 +57,7 @@ class HeadLayer {
   void run() {
 #pragma omp parallel
     before_attention();
-    heterospec::run<T, Pages>(attention_);
+    heterospec::run<T, Pages, L>(attention_);
 #pragma omp parallel
     after_attention();
   }
@@ -108,8 +108,7 @@ class HeadLayer {
   }
 
   void linear(const void* weight, int64_t depth, int64_t columns, float* out) const {
-    project<T>(left_, depth, rows_, static_cast<const T*>(weight), depth,
-               Share(columns, kDotColumns), out, columns);
+    project(left_, depth, rows_, static_cast<const T*>(weight), depth, columns, out, columns);
   }
 
   // The normed embedding and the normed hidden state side by side.

@@ -106,8 +106,8 @@ struct Shared {
   }
 };
 
-template <typename T, typename Pages>
-void finish_shared(const Plan& plan, Shared& shared, Attend<T, Pages>& attend, int thread, int64_t item,
+template <typename T, typename Pages, typename L>
+void finish_shared(const Plan& plan, Shared& shared, Attend<T, Pages, L>& attend, int thread, int64_t item,
                    int64_t begin, int64_t end) {
   const auto slot = [&](int owner, bool from_start) {
     return shared.slots + (2 * owner + from_start) * plan.slot_floats();
@@ -124,12 +124,12 @@ void finish_shared(const Plan& plan, Shared& shared, Attend<T, Pages>& attend, i
   attend.write_output();
 }
 
-template <typename T, typename Pages>
+template <typename T, typename Pages, typename L>
 void work(const Arguments& args, const Plan& plan, Shared& shared, int thread) {
-  Attend<T, Pages> attend(args);
+  Attend<T, Pages, L> attend(args);
 #if defined(HETEROSPEC_AMX)
   std::optional<Tiles> tiles;
-  if (kInTiles<T, Pages> && Tiles::permitted()) tiles.emplace();
+  if (kInTiles<L, Pages> && Tiles::permitted()) tiles.emplace();
 #endif
   for (int64_t item = plan.first_item(thread); item <= plan.last_item(thread); ++item) {
     int64_t begin, end;
@@ -143,7 +143,7 @@ void work(const Arguments& args, const Plan& plan, Shared& shared, int thread) {
   }
 }
 
-template <typename T, typename Pages>
+template <typename T, typename Pages, typename L>
 void run(const Arguments& args) {
 #if defined(_OPENMP)
   const int max_threads = args.num_threads > 0 ? int(args.num_threads) : omp_get_max_threads();
@@ -154,13 +154,13 @@ void run(const Arguments& args) {
   static thread_local Shared memory;
   Shared& shared = memory;
   shared.prepare(plan);
-  if (plan.threads() == 1) return work<T, Pages>(args, plan, shared, 0);
+  if (plan.threads() == 1) return work<T, Pages, L>(args, plan, shared, 0);
 #if defined(_OPENMP)
 #pragma omp parallel num_threads(plan.threads())
   {
     // A runtime may grant fewer threads than asked for: the shares are then dealt out in turn.
     for (int t = omp_get_thread_num(); t < plan.threads(); t += omp_get_num_threads())
-      work<T, Pages>(args, plan, shared, t);
+      work<T, Pages, L>(args, plan, shared, t);
   }
 #endif
 }

@@ -15,7 +15,7 @@
 #include <immintrin.h>
 #if defined(__AVX512BF16__)
 #define HETEROSPEC_BF16_DOT 1
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__linux__)
+#if (defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__linux__)) || defined(HETEROSPEC_EMULATED_TILES)
 #define HETEROSPEC_AMX 1
 #endif
 #endif

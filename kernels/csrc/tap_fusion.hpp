@@ -3,13 +3,12 @@
 // linear layer over all of them.
 #pragma once
 
-#include "attend.hpp"
-#include "dot.hpp"
+#include "linear.hpp"
 #include "rows.hpp"
 
 namespace heterospec {
 
-// Field order and sizes are those of `_PACK` in tap_fusion_cpu.py. Matrices are contiguous.
+// Field order and sizes are those of `_PACK` in tap_fusion_cpu.py. Matrices are contiguous, the weight is packed.
 struct TapArguments {
   int64_t dtype, num_rows, num_taps, tap_size, num_columns;
   double epsilon;
@@ -17,14 +16,14 @@ struct TapArguments {
   void* fused;                            // [num_rows, num_columns], written
 };
 
-template <typename T>
+// L: what rows are multiplied as, bfloat16 for products of pairs.
+template <typename T, typename L>
 void fuse_taps(const TapArguments& args) {
-  using L = typename Left<T>::type;
   static thread_local Buffer<L> lefts;
   static thread_local Buffer<float> floats;
   const int64_t depth = args.num_taps * args.tap_size;
-  L* left = lefts.at_least(args.num_rows * depth);
-  float* sums = floats.at_least(args.num_rows * args.num_columns);
+  L* left = lefts.at_least(whole_tiles(args.num_rows) * depth);
+  float* sums = floats.at_least(whole_tiles(args.num_rows) * args.num_columns);
   const T* features = static_cast<const T*>(args.features);
   const T* norms = static_cast<const T*>(args.norms);
 #pragma omp parallel
@@ -38,9 +37,8 @@ void fuse_taps(const TapArguments& args) {
         convert(features + at, left + at, args.tap_size);
     }
 #pragma omp barrier
-    const Share columns(args.num_columns, kDotColumns);
-    project<T>(left, depth, args.num_rows, static_cast<const T*>(args.weight), depth, columns,
-               sums, args.num_columns);
+    project(left, depth, args.num_rows, static_cast<const T*>(args.weight), depth, args.num_columns, sums,
+            args.num_columns);
 #pragma omp barrier
     const Share all(args.num_rows * args.num_columns, kLanes);
     convert(sums + all.begin, static_cast<T*>(args.fused) + all.begin, all.end - all.begin);

@@ -6,8 +6,7 @@
 #include <cmath>
 #include <limits>
 
-#include "attend.hpp"
-#include "dot.hpp"
+#include "linear.hpp"
 #include "rows.hpp"
 
 namespace heterospec {
@@ -15,7 +14,7 @@ namespace heterospec {
 // Field order and sizes are those of `_PACK` in top_tokens_cpu.py.
 struct TopArguments {
   int64_t dtype, num_rows, depth, num_columns, top_k;
-  const void *rows, *weight;  // [num_rows, depth] and [num_columns, depth], contiguous
+  const void *rows, *weight;  // [num_rows, depth] contiguous; packed, with columns to fill the last panel
   const int64_t* offsets;     // [num_columns] what is added to a column to get its token, or null
   int64_t* tokens;            // [num_rows, top_k], written
   float* log_probs;           // [num_rows, top_k], written
@@ -58,19 +57,19 @@ inline void top_columns(const float* logits, int64_t count, int64_t top_k, int64
   }
 }
 
-template <typename T>
+// L: what rows are multiplied as, bfloat16 for products of pairs.
+template <typename T, typename L>
 void top_tokens(const TopArguments& args) {
-  using L = typename Left<T>::type;
   static thread_local Buffer<L> lefts;
   static thread_local Buffer<float> floats;
   const int64_t stride = (args.num_columns + kLanes - 1) / kLanes * kLanes;
-  L* left = lefts.at_least(args.num_rows * args.depth);
-  float* logits = floats.at_least(args.num_rows * stride);
+  L* left = lefts.at_least(whole_tiles(args.num_rows) * args.depth);
+  float* logits = floats.at_least(whole_tiles(args.num_rows) * stride);
   convert(static_cast<const T*>(args.rows), left, args.num_rows * args.depth);
 #pragma omp parallel
   {
-    project<T>(left, args.depth, args.num_rows, static_cast<const T*>(args.weight), args.depth,
-               Share(args.num_columns, kDotColumns), logits, stride);
+    project(left, args.depth, args.num_rows, static_cast<const T*>(args.weight), args.depth, stride, logits,
+            stride);
 #pragma omp barrier
     for (Share s(args.num_rows); s.begin < s.end; ++s.begin) {
       float* row = logits + s.begin * stride;

@@ -5,6 +5,7 @@
 #include "kv_compact.hpp"
 #include "packed_linear.hpp"
 #include "parallel_attend.hpp"
+#include "product_speed.hpp"
 #include "tap_fusion.hpp"
 #include "top_tokens.hpp"
 #include "walk.hpp"
@@ -13,67 +14,87 @@
 
 namespace {
 
-// vLLM tiles bfloat16 caches only.
-constexpr int64_t kVec = 0, kAmx = 1;
+using heterospec::bf16, heterospec::f16, heterospec::AmxPages, heterospec::VecPages;
 
+// Whether bfloat16 rows are multiplied in pairs, as weights and pages hold them, or as floats.
+bool in_pairs() {
+#if defined(HETEROSPEC_PAIRS)  // a build for tests
+  return true;
+#elif defined(HETEROSPEC_AMX)
+  return heterospec::Tiles::permitted() || heterospec::pairs_are_fast();
+#elif defined(HETEROSPEC_BF16_DOT)
+  return heterospec::pairs_are_fast();
+#else
+  return false;
+#endif
+}
+
+// Calls with a value of the type that a code stands for and one of the type that rows of it are multiplied as.
+// Returns 0, or 1 for a code it does not know.
 template <typename Call>
-int with_types(int64_t dtype, int64_t isa, Call call) {
-  using namespace heterospec;
-  if (isa == kAmx && dtype == 1) return call(bf16{}, AmxPages{}), 0;
-  if (isa != kVec) return 1;
+int by_dtype(int64_t dtype, Call call) {
   switch (dtype) {
-    case 0: return call(float{}, VecPages{}), 0;
-    case 1: return call(bf16{}, VecPages{}), 0;
-    case 2: return call(f16{}, VecPages{}), 0;
+    case 0: return call(float{}, float{}), 0;
+    case 1:
+#if defined(HETEROSPEC_BF16_DOT)
+      if (in_pairs()) return call(bf16{}, bf16{}), 0;
+#endif
+      return call(bf16{}, float{}), 0;
+    case 2: return call(f16{}, float{}), 0;
     default: return 1;
   }
+}
+
+// vLLM tiles bfloat16 caches only.
+constexpr int64_t kVec = 0, kAmx = 1, kBf16 = 1;
+
+// As above, with the layout of the pages between the two types.
+template <typename Call>
+int by_dtype_and_pages(int64_t dtype, int64_t isa, Call call) {
+  if (isa != kVec && (isa != kAmx || dtype != kBf16)) return 1;
+  return by_dtype(dtype, [&](auto type, auto left) {
+    if constexpr (std::is_same_v<decltype(type), bf16>)
+      if (isa == kAmx) return call(type, AmxPages{}, left);
+    call(type, VecPages{}, left);
+  });
 }
 
 }  // namespace
 
 // Returns 0, or 1 for a dtype or isa code it does not know.
 HETEROSPEC_EXPORT int heterospec_tree_attention(const heterospec::Arguments* args) {
-  return with_types(args->dtype, args->isa, [&](auto type, auto pages) {
-    heterospec::run<decltype(type), decltype(pages)>(*args);
+  return by_dtype_and_pages(args->dtype, args->isa, [&](auto type, auto pages, auto left) {
+    heterospec::run<decltype(type), decltype(pages), decltype(left)>(*args);
   });
 }
 
 // Returns 0, or 1 for a dtype or isa code it does not know.
 HETEROSPEC_EXPORT int heterospec_head_layer(const heterospec::HeadArguments* args) {
   const heterospec::Arguments& attention = args->attention;
-  return with_types(attention.dtype, attention.isa, [&](auto type, auto pages) {
-    heterospec::HeadLayer<decltype(type), decltype(pages)>(*args).run();
+  return by_dtype_and_pages(attention.dtype, attention.isa, [&](auto type, auto pages, auto left) {
+    heterospec::HeadLayer<decltype(type), decltype(pages), decltype(left)>(*args).run();
   });
 }
 
 // Returns 0, or 1 for a dtype code it does not know.
 HETEROSPEC_EXPORT int heterospec_top_tokens(const heterospec::TopArguments* args) {
-  switch (args->dtype) {
-    case 0: heterospec::top_tokens<float>(*args); return 0;
-    case 1: heterospec::top_tokens<heterospec::bf16>(*args); return 0;
-    case 2: heterospec::top_tokens<heterospec::f16>(*args); return 0;
-    default: return 1;
-  }
+  return by_dtype(args->dtype, [&](auto type, auto left) {
+    heterospec::top_tokens<decltype(type), decltype(left)>(*args);
+  });
 }
 
 // Returns 0, or 1 for a dtype code it does not know.
 HETEROSPEC_EXPORT int heterospec_fuse_taps(const heterospec::TapArguments* args) {
-  switch (args->dtype) {
-    case 0: heterospec::fuse_taps<float>(*args); return 0;
-    case 1: heterospec::fuse_taps<heterospec::bf16>(*args); return 0;
-    case 2: heterospec::fuse_taps<heterospec::f16>(*args); return 0;
-    default: return 1;
-  }
+  return by_dtype(args->dtype, [&](auto type, auto left) {
+    heterospec::fuse_taps<decltype(type), decltype(left)>(*args);
+  });
 }
 
 // Returns 0, or 1 for a dtype code it does not know.
 HETEROSPEC_EXPORT int heterospec_packed_linear(const heterospec::PackedLinearArguments* args) {
-  switch (args->dtype) {
-    case 0: heterospec::packed_linear<float>(*args); return 0;
-    case 1: heterospec::packed_linear<heterospec::bf16>(*args); return 0;
-    case 2: heterospec::packed_linear<heterospec::f16>(*args); return 0;
-    default: return 1;
-  }
+  return by_dtype(args->dtype, [&](auto type, auto left) {
+    heterospec::packed_linear<decltype(type), decltype(left)>(*args);
+  });
 }
 
 // Returns 0, or 1 for an element size or isa code it does not know.
@@ -96,12 +117,9 @@ HETEROSPEC_EXPORT int heterospec_argmax_rows(const heterospec::ArgmaxArguments* 
 
 // Returns 0, or 1 for a dtype code it does not know.
 HETEROSPEC_EXPORT int heterospec_walk(const heterospec::WalkArguments* args) {
-  switch (args->dtype) {
-    case 0: heterospec::walk<float>(*args); return 0;
-    case 1: heterospec::walk<heterospec::bf16>(*args); return 0;
-    case 2: heterospec::walk<heterospec::f16>(*args); return 0;
-    default: return 1;
-  }
+  return by_dtype(args->dtype, [&](auto type, auto) {
+    heterospec::walk<decltype(type)>(*args);
+  });
 }
 
 // What the library was built for, for messages.

@@ -51,20 +51,24 @@ def poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", poisoned)
 
 
-# What a build leaves out, by what a processor's own build has.
-LEFT_OUT = {"avx512": ("amx",), "avx2": ("amx", "avx512_bf16", "avx512")}
+# Processors, by what their own build has, that can run a build which is another one there.
+OTHER_BUILDS = {
+    "pairs": ("amx", "avx512_bf16"),
+    "tiles": ("avx512_bf16",),
+    "avx2": ("amx", "avx512_bf16", "avx512"),
+}
 
 
-@pytest.fixture(scope="module", params=["native", "avx512", "avx2", "portable"])
+@pytest.fixture(scope="module", params=["native", *OTHER_BUILDS, "portable"])
 def cpu_build(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The C++ kernels as built for this CPU, without its tiles, for one with no more than AVX2, and for any."""
+    """The C++ kernels as built for this CPU and in every other way that it can run (`choose_build`)."""
     from heterospec_vllm.kernels import cpu_library, tree_attention_cpu
 
     reason = tree_attention_cpu.unavailable_reason()
     if reason is not None:
         pytest.skip(reason)
     own = tree_attention_cpu.instruction_set()
-    if own not in LEFT_OUT.get(request.param, (own,)):
+    if own not in OTHER_BUILDS.get(request.param, (own,)):
         pytest.skip("this CPU's own build is that one, or it cannot run it")
     cpu_library.choose_build(request.param)
     yield request.param

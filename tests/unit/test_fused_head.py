@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from heterospec_vllm import fused_head
+from heterospec_vllm import fused_head, packed_linears
 from heterospec_vllm.kernels import reference
 from heterospec_vllm.kernels.head_layer_cpu import HeadLayerWeights
+from heterospec_vllm.kernels.packed_linear_cpu import pack_weight, unpack_weight
 
 HIDDEN = 64
 
@@ -36,8 +37,21 @@ def test_a_packed_weight_is_read_back_exactly(dtype: torch.dtype) -> None:
             return torch.nn.functional.linear(x, weight)
 
     linear = SimpleNamespace(quant_method=Packed())
-    got = fused_head._weight_of(linear, HIDDEN, dtype)
-    assert got.is_contiguous() and torch.equal(got, weight)
+    got = fused_head._packed_weight(linear, HIDDEN, dtype)
+    assert got.is_contiguous() and torch.equal(unpack_weight(got), weight)
+
+
+def test_a_weight_of_our_products_is_taken_as_it_is() -> None:
+    packed = torch.nn.Parameter(pack_weight(torch.randn(48, HIDDEN)), requires_grad=False)
+    linear = SimpleNamespace(weight=packed, cpu_linear=packed_linears._packed_linear)
+    got = fused_head._packed_weight(linear, HIDDEN, torch.float32)
+    assert got.data_ptr() == packed.data_ptr()
+
+
+def test_a_weight_that_cannot_be_packed_is_left_to_vllm() -> None:
+    with pytest.raises(ValueError, match="24 x 64"):
+        fused_head._logits_weight(torch.zeros(24, HIDDEN), 23)
+    assert fused_head._logits_weight(torch.zeros(64, HIDDEN), 23).shape == (2, HIDDEN, 16)
 
 
 # The products are float32 sums in another order than float64 ones; bfloat16 is rounded after every norm, too.
@@ -52,16 +66,19 @@ def test_keys_and_values_are_the_layers(dtype: torch.dtype, tolerance: float, ro
     def drawn(*shape: int) -> torch.Tensor:
         return (torch.randn(*shape) / shape[-1] ** 0.5).to(dtype)
 
+    def linear(*shape: int) -> torch.Tensor:
+        return pack_weight(drawn(*shape))
+
     angles = torch.arange(60)[:, None] * 100.0 ** -torch.linspace(0, 1, rotary // 2)
     weights = HeadLayerWeights(
         embedding=torch.randn(50, HIDDEN).to(dtype),
         embed_norm=1 + drawn(HIDDEN),
         hidden_norm=1 + drawn(HIDDEN),
-        qkv=drawn((heads + 2 * kv_heads) * dim, 2 * HIDDEN),
-        attention_output=drawn(HIDDEN, heads * dim),
+        qkv=linear((heads + 2 * kv_heads) * dim, 2 * HIDDEN),
+        attention_output=linear(HIDDEN, heads * dim),
         post_norm=1 + drawn(HIDDEN),
-        gate_up=drawn(64, HIDDEN),
-        down=drawn(HIDDEN, 32),
+        gate_up=linear(64, HIDDEN),
+        down=linear(HIDDEN, 32),
         final_norm=1 + drawn(HIDDEN),
         cos_sin=torch.cat([angles.cos(), angles.sin()], dim=-1),
         head_size=dim,
@@ -83,5 +100,7 @@ def test_keys_and_values_are_the_layers(dtype: torch.dtype, tolerance: float, ro
         scratch_key=stored[0], scratch_value=stored[1], first_row=0,
         tail_index=torch.arange(num_tokens, dtype=torch.int32)[:, None],
     )  # fmt: skip
-    got = fused_head.keys_and_values(weights, token_ids, positions, hidden)
+    got = fused_head.keys_and_values(
+        weights, fused_head.key_columns(weights), token_ids, positions, hidden
+    )
     torch.testing.assert_close(torch.stack(got), stored, rtol=tolerance, atol=tolerance)
