@@ -16,7 +16,7 @@ import torch
 import vllm._custom_ops as ops
 from vllm.platforms import current_platform
 
-from heterospec_vllm.kernels.cpu_library import choose_build
+from heterospec_vllm.kernels.cpu_library import BUILDS, choose_build
 from heterospec_vllm.kernels.packed_linear_cpu import pack_weight, packed_linear_cpu
 from heterospec_vllm.kernels.tree_attention_cpu import instruction_set
 
@@ -49,7 +49,7 @@ def seconds(products: list, rows: dict[int, torch.Tensor], depths: list[int]) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--build", choices=["native", "avx512", "avx2"], default="native")
+    parser.add_argument("--build", choices=BUILDS, default="native")
     parser.add_argument(
         "--rows", type=int, nargs="+", default=[1, 2, 4, 8, 12, 16, 32, 64, 256, 700], metavar="N"
     )

@@ -41,6 +41,9 @@ def cache_dir() -> Path:
     return Path(root) / "heterospec_vllm"
 
 
+BUILDS = ("native", "pairs", "tiles", "avx2", "portable")
+
+
 class _Chosen:
     """The build that entries come from: "native" outside tests."""
 
@@ -55,6 +58,7 @@ def choose_build(build: str) -> None:
             the faster (csrc/product_speed.hpp); "tiles" for it with AMX tiles in memory where it has
             none; "avx2" for any with AVX2; or "portable", which leaves out every CPU-specific instruction path.
     """
+    assert build in BUILDS, f"{build!r}, allowed: {BUILDS}"
     _Chosen.build = build
     c_entry.cache_clear()
 

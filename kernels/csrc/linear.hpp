@@ -4,13 +4,10 @@
 // while the rows are multiplied. Without tiles an element's sum does not depend on how many rows there are.
 #pragma once
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
 #include <algorithm>
 #include <type_traits>
 
+#include "threads.hpp"
 #include "tiles.hpp"
 
 namespace heterospec {
@@ -24,33 +21,6 @@ constexpr int64_t kWorthTiles = 5;
 
 template <typename T>
 using Weight = Panels<T, 3>;
-
-inline int team_size() {
-#if defined(_OPENMP)
-  return omp_get_num_threads();
-#else
-  return 1;
-#endif
-}
-
-inline int team_member() {
-#if defined(_OPENMP)
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
-
-// This thread's part of `count` things that are dealt out in whole `unit`s.
-struct Share {
-  int64_t begin, end;
-
-  explicit Share(int64_t count, int64_t unit = 1) {
-    const int64_t units = (count + unit - 1) / unit, member = team_member(), size = team_size();
-    begin = std::min(count, units * member / size * unit);
-    end = std::min(count, units * (member + 1) / size * unit);
-  }
-};
 
 // Rows cut into pieces of nearly equal size: a tile of one row is slow.
 struct Pieces {

@@ -2,15 +2,12 @@
 // Attention of a whole batch: the work of `attend.hpp` dealt out to threads in equal shares.
 #pragma once
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
 #include <atomic>
 #include <optional>
 #include <vector>
 
 #include "attend.hpp"
+#include "threads.hpp"
 
 namespace heterospec {
 
@@ -145,24 +142,17 @@ void work(const Arguments& args, const Plan& plan, Shared& shared, int thread) {
 
 template <typename T, typename Pages, typename L>
 void run(const Arguments& args) {
-#if defined(_OPENMP)
-  const int max_threads = args.num_threads > 0 ? int(args.num_threads) : omp_get_max_threads();
-#else
-  const int max_threads = 1;
-#endif
-  const Plan plan(args, max_threads);
+  const Plan plan(args, args.num_threads > 0 ? int(args.num_threads) : max_threads());
   static thread_local Shared memory;
   Shared& shared = memory;
   shared.prepare(plan);
   if (plan.threads() == 1) return work<T, Pages, L>(args, plan, shared, 0);
-#if defined(_OPENMP)
 #pragma omp parallel num_threads(plan.threads())
   {
     // A runtime may grant fewer threads than asked for: the shares are then dealt out in turn.
-    for (int t = omp_get_thread_num(); t < plan.threads(); t += omp_get_num_threads())
+    for (int t = team_member(); t < plan.threads(); t += team_size())
       work<T, Pages, L>(args, plan, shared, t);
   }
-#endif
 }
 
 }  // namespace heterospec

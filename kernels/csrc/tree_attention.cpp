@@ -7,6 +7,7 @@
 #include "parallel_attend.hpp"
 #include "product_speed.hpp"
 #include "tap_fusion.hpp"
+#include "threads.hpp"
 #include "top_tokens.hpp"
 #include "walk.hpp"
 
@@ -137,10 +138,4 @@ HETEROSPEC_EXPORT const char* heterospec_tree_attention_isa() {
 #endif
 }
 
-HETEROSPEC_EXPORT int heterospec_tree_attention_threads() {
-#if defined(_OPENMP)
-  return omp_get_max_threads();
-#else
-  return 1;
-#endif
-}
+HETEROSPEC_EXPORT int heterospec_tree_attention_threads() { return heterospec::max_threads(); }
