@@ -25,7 +25,7 @@ PLAIN_WINDOW = 16
 # several may say more).
 MOST_SURPRISE = 0.7
 # The trust in a correction that each probe takes away while speculation is off: it may not hold any more.
-FORGOTTEN = 0.1
+FORGOTTEN = 0.3
 
 
 @dataclass
@@ -146,6 +146,8 @@ class Switch:
         size.trust *= 1.0 - FORGOTTEN
         if in_a_row:
             size.num_cycles = 0
+            # What was compared before the wait may have been a bad moment: what comes now weighs as much.
+            size.num_pauses = min(size.num_pauses, 1)
             self._probes_left = self.probe_cycles - 1
         return "probe"
 

@@ -59,7 +59,7 @@ class Machine:
 @pytest.mark.parametrize("num_reqs", [PROBE_REQUESTS, PROBE_REQUESTS + 1])
 def test_a_prediction_that_flatters_is_found_out(num_reqs: int) -> None:
     switch, machine = Switch(plain_seconds), Machine(gain=0.9, noise=0.05, num_reqs=num_reqs)
-    first = machine.run(switch, 1.2, 100)
+    first = machine.run(switch, 1.2, switch.first_pauses * (switch.pause_soon + 1) + 60)
     assert not switch.on and first["pause"] == switch.first_pauses
     later = machine.run(switch, 1.2, 4000)
     assert later["all"] < 0.03 * 4000 and later["probe"] >= 4
@@ -144,6 +144,25 @@ def test_what_was_measured_long_ago_is_tried_again() -> None:
     assert not switch.on
     changed = Machine(gain=1.2)
     assert changed.run(switch, 1.05, 40_000)["all"] > 10_000
+
+
+@pytest.mark.parametrize("num_reqs", [1, 16])
+def test_a_bad_moment_does_not_last(num_reqs: int) -> None:
+    """Another process takes half of every cycle that drafts, and none of the plain ones: the worst that can be met."""
+    switch = Switch(plain_seconds)
+    Machine(gain=0.6, num_reqs=num_reqs).run(switch, 1.35, 60)
+    assert not switch.on
+    quiet = Machine(gain=1.35, noise=0.1, num_reqs=num_reqs)
+    assert quiet.run(switch, 1.35, 1500)["all"] > 0.5 * 1500
+
+
+def test_an_unsteady_machine_rarely_hides_a_gain() -> None:
+    """Single steps differ by two fifths, so that comparisons err by more than the gain; probes must mend them."""
+    shares = []
+    for seed in range(20):
+        machine = Machine(gain=1.2, noise=0.4, num_reqs=1, rng=np.random.default_rng(seed))
+        shares.append(machine.run(Switch(plain_seconds), 1.3, 2000)["all"] / 2000)
+    assert np.mean(shares) > 0.8 and min(shares) > 0.2
 
 
 def test_one_interrupted_step_does_not_decide() -> None:
