@@ -17,6 +17,7 @@ import torch
 from vllm.logger import init_logger
 
 from heterospec_vllm.kernels import packed_linear_cpu
+from heterospec_vllm.kernels.cpu_library import LibraryUnavailable, load_torch_ops
 from heterospec_vllm.kernels.tree_attention_cpu import instruction_set, unavailable_reason
 from heterospec_vllm.wraps import Wrap
 
@@ -32,12 +33,21 @@ _WORTH = {
 
 _library = torch.library.Library("heterospec", "DEF")
 _library.define("packed_linear(Tensor rows, Tensor packed, Tensor? bias) -> Tensor")
-_library.impl("packed_linear", packed_linear_cpu.packed_linear_cpu, "CPU")
 
 
 @torch.library.register_fake("heterospec::packed_linear")
 def _shape(rows: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return rows.new_empty((rows.shape[0], packed.shape[0] * packed_linear_cpu.LANES))
+
+
+@functools.cache
+def _implement_op() -> None:
+    """Once a process; in C++ the arguments of a call, a hundred a step, take a third of the time."""
+    try:
+        load_torch_ops()
+    except LibraryUnavailable as error:
+        logger.info("heterospec: our CPU products are called through Python: %s", error)
+        _library.impl("packed_linear", packed_linear_cpu.packed_linear_cpu, "CPU")
 
 
 def _packed_linear(
@@ -63,6 +73,7 @@ def _wrap_dispatch(original: Callable[..., None]) -> Callable[..., None]:
         if reason is not None:
             logger.debug("heterospec: a linear layer goes through vLLM's product: %s", reason)
             return original(layer, remove_weight)
+        _implement_op()
         logger.info_once("heterospec: linear layers go through our CPU products")
         if remove_weight:
             layer.weight = torch.nn.Parameter(

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles csrc/ on first use and loads it; one shared library a machine, kept in the user's cache.
+"""Compiles csrc/ on first use and loads it; kept in the user's cache, for this machine.
 
-The library has a plain C entry and includes no torch header: seconds to compile, not a minute.
-It is linked without an OpenMP runtime. Its `GOMP_*` symbols bind to the runtime that torch has
-put in the process (or to a preloaded libiomp5), so torch's thread count, vLLM's core binding and
+The kernels' library has a plain C entry and includes no torch header: seconds to compile, not a minute. A second, small
+one makes operators of torch of some kernels. The first is linked without an OpenMP runtime: its `GOMP_*` symbols bind to
+the one that torch has put in the process (or to a preloaded libiomp5), so torch's thread count, vLLM's core binding and
 the kernel's threads are the same.
 """
 
@@ -26,9 +26,8 @@ from pathlib import Path
 import torch
 
 _SOURCE_DIR = Path(__file__).parent / "csrc"
-_MAIN_SOURCE = "tree_attention.cpp"
 _COMPILERS = ("g++", "c++")
-_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi")
+_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wno-psabi")
 
 
 class LibraryUnavailable(RuntimeError):
@@ -70,14 +69,33 @@ def load_library() -> ctypes.CDLL:
 
 @functools.cache
 def _load(build: str) -> ctypes.CDLL:
+    # No -fopenmp when it is linked: see the module's docstring.
+    return _built("tree_attention.cpp", ["-fopenmp", *_target_flags(build)], [])
+
+
+@functools.cache
+def load_torch_ops() -> None:
+    """Registers the CPU kernels of `torch.ops.heterospec` (csrc/torch_ops.cpp), as "native" builds them.
+
+    Raises LibraryUnavailable.
+    """
+    torch_folder = Path(torch.__file__).parent
+    entry = _load("native").heterospec_packed_linear
+    flags = ["-isystem", str(torch_folder / "include")]
+    ops = _built("torch_ops.cpp", flags, ["-L", str(torch_folder / "lib"), "-ltorch_cpu"])
+    ops.heterospec_set_packed_linear(ctypes.cast(entry, ctypes.c_void_p))
+
+
+def _built(source: str, flags: list[str], linked_with: list[str]) -> ctypes.CDLL:
+    """The library made of a source; built unless the cache has it."""
     compiler = _find_compiler()
-    command = [*compiler, *_FLAGS, *_target_flags(build)]
-    path = cache_dir() / f"tree_attention-{_key(command)}.so"
+    command = [*compiler, *_FLAGS, *flags]
+    path = cache_dir() / f"{Path(source).stem}-{_key(command)}.so"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _lock(path.with_suffix(".lock")):
             if not path.exists():
-                _compile(command, path)
+                _compile(command, _SOURCE_DIR / source, linked_with, path)
     except OSError as error:
         raise LibraryUnavailable(f"cannot write the cache folder {path.parent}: {error}") from error
     try:
@@ -154,16 +172,14 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
-def _compile(command: list[str], path: Path) -> None:
+def _compile(command: list[str], source: Path, linked_with: list[str], path: Path) -> None:
     print("heterospec: compiling the CPU kernels (once) ...", file=sys.stderr)
     start = time.monotonic()
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as folder:
         unlinked, linked = Path(folder) / "kernel.o", Path(folder) / "kernel.so"
-        source = str(_SOURCE_DIR / _MAIN_SOURCE)
         for step in (
-            [*command, "-c", source, "-o", str(unlinked)],
-            # No -fopenmp here: see the module's docstring.
-            [command[0], "-shared", str(unlinked), "-o", str(linked)],
+            [*command, "-c", str(source), "-o", str(unlinked)],
+            [command[0], "-shared", str(unlinked), "-o", str(linked), *linked_with],
         ):
             result = subprocess.run(step, capture_output=True, text=True, check=False)
             if result.returncode != 0:

@@ -3,7 +3,7 @@
 
 import torch
 
-from .tree_attention_cpu import launch, tail_of
+from .tree_attention_cpu import launch, pack_layer, pack_requests, tail_of
 
 
 def draft_attention_cpu(
@@ -41,17 +41,11 @@ def draft_attention_cpu(
     """
     assert tail_index.shape[0] == query.shape[0]
     assert scratch_key.dtype == scratch_value.dtype == query.dtype
+    assert key_cache.dtype == value_cache.dtype == query.dtype
+    tail = tail_of(scratch_key, scratch_value, tail_index)
     launch(
+        pack_layer(key_cache, value_cache, query.shape[1], query.shape[2], scale, isa=isa),
+        pack_requests(query_start_loc, context_lens, block_table, 0, tail=tail),
         query,
-        key_cache,
-        value_cache,
         output,
-        query_start_loc,
-        context_lens,
-        block_table,
-        0,
-        scale,
-        0,
-        tail_of(scratch_key, scratch_value, tail_index),
-        isa=isa,
     )

@@ -12,8 +12,10 @@ from .packed_linear_cpu import size_of
 from .tree_attention_cpu import (
     BLOCK_SIZE_MULTIPLE,
     DTYPE_CODES,
+    NO_ROWS,
     SUPPORTED_HEAD_SIZES,
-    pack,
+    pack_layer,
+    pack_requests,
     tail_of,
 )
 
@@ -151,7 +153,7 @@ def head_layer_cpu(
     assert hidden.is_contiguous() and hidden.shape == (num_rows, weights.embedding.shape[1])
     assert positions.shape[0] == tail_index.shape[0] == num_rows
     assert first_row + num_rows <= scratch_key.shape[0]
-    assert key_cache.shape[2] % BLOCK_SIZE_MULTIPLE == 0
+    assert key_cache.dtype == hidden.dtype and key_cache.shape[2] % BLOCK_SIZE_MULTIPLE == 0
     normed, output = torch.empty_like(hidden), torch.empty_like(hidden)
     row_bytes = scratch_key.stride(0) * scratch_key.element_size()
     arguments = _PACK(
@@ -165,22 +167,11 @@ def head_layer_cpu(
         normed.data_ptr(),
         output.data_ptr(),
     )
-    attention = pack(
-        hidden.view(num_rows, 1, -1),  # stands for the queries, which the kernel makes itself
-        key_cache,
-        value_cache,
-        hidden.view(num_rows, 1, -1),
-        query_start_loc,
-        context_lens,
-        block_table,
-        0,
-        weights.scale,
-        0,
-        tail_of(scratch_key, scratch_value, tail_index),
-        isa=isa,
-        num_heads=weights.num_heads,
-        head_size=weights.head_size,
-    )
+    tail = tail_of(scratch_key, scratch_value, tail_index)
+    w = weights
+    layer = pack_layer(key_cache, value_cache, w.num_heads, w.head_size, w.scale, isa=isa)
+    requests = pack_requests(query_start_loc, context_lens, block_table, 0, tail=tail)
+    attention = layer + requests + NO_ROWS
     failed = c_entry("heterospec_head_layer")(weights.packed + arguments + attention)
     assert not failed, f"{hidden.dtype} with isa {isa}"
     return normed, output

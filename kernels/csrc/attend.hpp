@@ -16,23 +16,27 @@ namespace heterospec {
 constexpr int kChunk = 128;  // keys whose scores are held at a time; a multiple of 2 * kLanes
 constexpr int kMaxPieces = kChunk / kLanes;
 
-// Field order and sizes are those of `_PACK` in tree_attention_cpu.py. Strides count elements.
+// Field order and sizes are those of the `_PACK`s in tree_attention_cpu.py. Strides count elements.
 struct Arguments {
-  int64_t dtype, isa, num_threads;  // isa: 0 `vec`, 1 `amx` (pages.hpp)
-  const void *query, *key_cache, *value_cache;
-  void* output;
+  // A layer's pages and heads.
+  int64_t dtype, isa;  // isa: 0 `vec`, 1 `amx` (pages.hpp)
+  const void *key_cache, *value_cache;
+  int64_t num_heads, num_kv_heads, head_size, block_size;
+  int64_t key_block_stride, key_head_stride, value_block_stride, value_head_stride;
+  double scale;
+  // The requests of a step.
+  int64_t num_threads, num_reqs, block_table_stride;
   const int32_t *query_start_loc, *seq_lens, *block_table;
   const uint64_t* ancestor_mask;
-  int64_t num_reqs, num_heads, num_kv_heads, head_size, block_size;
-  int64_t query_token_stride, query_head_stride;
-  int64_t key_block_stride, key_head_stride, value_block_stride, value_head_stride;
-  int64_t output_token_stride, output_head_stride, block_table_stride;
-  double scale;
   // The tail: rows outside the pages (a draft head's scratch). Where it is given, seq_lens count
   // paged keys only, all of them seen by every row, and ancestor_mask is not read.
   const void *tail_key, *tail_value;
   const int32_t* tail_index;  // [num_tokens, max_tail], -1 padded
   int64_t max_tail, tail_key_stride, tail_value_stride, tail_head_stride;
+  // The step's rows in this layer.
+  const void* query;
+  void* output;
+  int64_t query_token_stride, query_head_stride, output_token_stride, output_head_stride;
 };
 
 // The running softmax of a set of rows: largest score (base-2), sum of weights, weighted values.

@@ -4,16 +4,10 @@
 #pragma once
 
 #include "linear.hpp"
+#include "packed_linear_arguments.hpp"
 #include "rows.hpp"
 
 namespace heterospec {
-
-// Field order and sizes are those of `_PACK` in packed_linear_cpu.py. Matrices are contiguous but for the input's rows.
-struct PackedLinearArguments {
-  int64_t dtype, num_rows, depth, num_columns, input_stride;
-  const void *input, *weight, *bias;  // weight: packed; bias: [num_columns], or null for none
-  void* out;                          // [num_rows, num_columns], written
-};
 
 // Bytes of the input that stay in the cache while all panels pass.
 constexpr int64_t kChunkBytes = 512 << 10;

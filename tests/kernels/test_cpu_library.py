@@ -59,7 +59,7 @@ def test_unwritable_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 
 
 def test_damaged_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    def write_rubbish(command: list[str], path: Path) -> None:
+    def write_rubbish(command: list[str], source: Path, linked_with: list[str], path: Path) -> None:
         path.write_bytes(b"not a library")
 
     monkeypatch.setattr(cpu_library, "_compile", write_rubbish)

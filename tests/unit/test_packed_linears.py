@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which linear layers go through our products, and that these stand for vLLM's."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -9,6 +12,7 @@ pytest.importorskip("vllm")
 from vllm.model_executor.layers import utils
 
 from heterospec_vllm import packed_linears
+from heterospec_vllm.kernels import packed_linear_cpu
 from heterospec_vllm.kernels import tree_attention_cpu as kernel
 from heterospec_vllm.packed_linears import DISPATCH
 
@@ -120,3 +124,52 @@ def test_nothing_stays_wrapped() -> None:
     with DISPATCH.while_loading():
         assert utils.dispatch_cpu_unquantized_gemm is not before
     assert utils.dispatch_cpu_unquantized_gemm is before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_the_operator_is_the_launcher(dtype) -> None:
+    """What a compiled graph calls, in C++, passes on the same arguments."""
+    packed_linears._implement_op()
+    packed = packed_linear_cpu.pack_weight(torch.randn(48, 32).to(dtype))
+    bias, wide = torch.randn(48).to(dtype), torch.randn(7, 80).to(dtype)
+    for rows in (wide[:, 16:48], wide[:1, :32], wide[:0, :32]):
+        for given in (None, bias):
+            got = torch.ops.heterospec.packed_linear(rows, packed, given)
+            assert torch.equal(got, packed_linear_cpu.packed_linear_cpu(rows, packed, given))
+
+
+@torch.no_grad()
+def test_the_operator_refuses_what_does_not_fit() -> None:
+    packed_linears._implement_op()
+    operator = torch.ops.heterospec.packed_linear
+    packed, rows = packed_linear_cpu.pack_weight(torch.zeros(48, 32)), torch.zeros(2, 32)
+    for wrong in (
+        (rows.bfloat16(), packed, None),
+        (rows[:, :16], packed, None),
+        (torch.zeros(32, 2).T, packed, None),
+        (rows, packed, torch.zeros(32)),
+        (rows.double(), packed.double(), None),
+    ):
+        with pytest.raises(RuntimeError, match="packed_linear: "):
+            operator(*wrong)
+
+
+WITHOUT_OPERATORS = """
+import torch
+from heterospec_vllm import packed_linears
+from heterospec_vllm.kernels.packed_linear_cpu import pack_weight
+def unavailable():
+    raise packed_linears.LibraryUnavailable("no headers")
+packed_linears.load_torch_ops = unavailable
+packed_linears._implement_op()
+rows, weight = torch.randn(3, 32), torch.randn(48, 32)
+torch.testing.assert_close(torch.ops.heterospec.packed_linear(rows, pack_weight(weight), None), rows @ weight.T)
+"""
+
+
+def test_without_the_operators_library_the_launcher_is_called() -> None:
+    """In a process of its own: an operator is implemented once."""
+    probe = [sys.executable, "-c", WITHOUT_OPERATORS]
+    done = subprocess.run(probe, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
