@@ -16,6 +16,7 @@ from vllm.v1.spec_decode.eagle import EagleProposer
 from heterospec_vllm import row_loops
 from heterospec_vllm.attention.cpu import DraftLevelMetadata
 from heterospec_vllm.fused_head import MAX_ROWS, FusedHead, fused_head
+from heterospec_vllm.kernels.gather_rows_cpu import gather_rows_cpu
 from heterospec_vllm.policies import DraftPolicy
 from heterospec_vllm.timing import CLOCK
 from heterospec_vllm.tree import Floats, Ints
@@ -142,8 +143,9 @@ class HeteroSpecProposer(TreeDrafter, EagleProposer):
         )
         positions = tokens.positions
         if seq_lens.size < len(following):
-            last = torch.from_numpy(tokens.ends - 1)
-            normed, hidden, positions = normed[last], hidden[last], positions[last]
+            last = tokens.ends - 1
+            normed, hidden = self._rows_of(normed, last), self._rows_of(hidden, last)
+            positions = torch.from_numpy(positions.numpy()[last])
         return HeadContext(
             seq_lens=torch.from_numpy(seq_lens),
             block_table=tokens.block_table,
@@ -176,6 +178,11 @@ class HeteroSpecProposer(TreeDrafter, EagleProposer):
             tail_index=rows.int()[:, None],
         )
         self._top_children(normed, 8)
+
+    def _rows_of(self, hidden: torch.Tensor, rows: Ints) -> torch.Tensor:
+        if self._fused is None:
+            return super()._rows_of(hidden, rows)
+        return gather_rows_cpu([hidden], torch.from_numpy(rows))
 
     def _top_children(
         self,

@@ -120,6 +120,20 @@ def firsts_and_context(
     return firsts, context
 
 
+@compiled("i8[::1](i4[:], i4[:], i4[:])")
+def prompt_left(
+    num_prompt_tokens,  # [num_reqs]
+    num_computed_tokens,  # [num_reqs or more] before the step
+    query_start_loc,  # [num_reqs + 1 or more]
+):
+    """[num_reqs] tokens of each prompt that later steps read."""
+    out = np.empty(num_prompt_tokens.size, np.int64)
+    for req in range(out.size):
+        done = num_computed_tokens[req] + query_start_loc[req + 1] - query_start_loc[req]
+        out[req] = max(0, num_prompt_tokens[req] - done)
+    return out
+
+
 @compiled("i8(i4[:,:], i8, i8, i8)")
 def _block(block_table, req, offset, block_size):
     """KV block of a request's token."""

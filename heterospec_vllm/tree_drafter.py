@@ -122,6 +122,14 @@ class TreeDrafter:
         """
         raise NotImplementedError
 
+    def _rows_of(
+        self,
+        hidden: torch.Tensor,  # [num_rows, hidden_size]
+        rows: Ints,
+    ) -> torch.Tensor:
+        """[rows.size, hidden_size]"""
+        return hidden[torch.from_numpy(rows)]
+
     def _top_children(
         self,
         normed: torch.Tensor,  # [num_rows, hidden_size]
@@ -348,7 +356,7 @@ class TreeDrafter:
             reqs=reqs,
             tokens=torch.from_numpy(tokens),
             query_start_loc=torch.from_numpy(start),
-            hidden=hidden[torch.from_numpy(above)],
+            hidden=self._rows_of(hidden, above),
             tail=new_tail,
         )
 

@@ -2,9 +2,9 @@
 """Compiles csrc/ on first use and loads it; kept in the user's cache, for this machine.
 
 The kernels' library has a plain C entry and includes no torch header: seconds to compile, not a minute. A second, small
-one makes operators of torch of some kernels. The first is linked without an OpenMP runtime: its `GOMP_*` symbols bind to
-the one that torch has put in the process (or to a preloaded libiomp5), so torch's thread count, vLLM's core binding and
-the kernel's threads are the same.
+one makes operators of torch of some kernels. The first is linked without an OpenMP runtime: its `GOMP_*` symbols bind
+to the one that torch has put in the process (or to a preloaded libiomp5), so torch's thread count, vLLM's core binding
+and the kernel's threads are the same.
 """
 
 import contextlib

@@ -151,6 +151,16 @@ def kv_compact(
             values[to_block, :, to_row] = values[from_block, :, from_row].clone()
 
 
+def gather_rows(
+    # each [num_source_rows, columns]
+    sources: list[torch.Tensor],
+    # [num_rows], int64
+    rows: torch.Tensor,
+) -> torch.Tensor:
+    """[num_rows, columns of all sources]: rows of several matrices side by side."""
+    return torch.cat([source[rows] for source in sources], dim=1)
+
+
 def argmax_rows(
     # [num_values_rows, num_columns]
     values: torch.Tensor,

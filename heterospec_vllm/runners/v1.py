@@ -22,6 +22,7 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
+from heterospec_vllm import row_loops
 from heterospec_vllm.attention.cpu import (
     PIECE_ROWS,
     HeteroSpecCPUAttentionMetadataBuilder,
@@ -31,6 +32,8 @@ from heterospec_vllm.attention.op_choice import VLLMS, OpChoice, choose_op
 from heterospec_vllm.attention.op_timing import Heads
 from heterospec_vllm.catch_up import HeadProgress
 from heterospec_vllm.drafter import HeteroSpecProposer
+from heterospec_vllm.kernels import reference
+from heterospec_vllm.kernels.gather_rows_cpu import gather_rows_cpu
 from heterospec_vllm.kernels.tree_attention_cpu import is_available
 from heterospec_vllm.packed_linears import DISPATCH
 from heterospec_vllm.runners.shared import SpeculatingRunner
@@ -295,10 +298,11 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
     def _prompt_left(self) -> Ints:
         """[num_reqs] tokens of each prompt that are read after this step."""
         batch, num_reqs = self.input_batch, self.input_batch.num_reqs
-        done = batch.num_computed_tokens_cpu[:num_reqs] + np.diff(
-            self.query_start_loc.np[: num_reqs + 1]
+        return row_loops.prompt_left(
+            batch.num_prompt_tokens[:num_reqs],
+            batch.num_computed_tokens_cpu,
+            self.query_start_loc.np,
         )
-        return np.maximum(0, batch.num_prompt_tokens[:num_reqs] - done).astype(np.int64)
 
     def _true_tokens(
         self,
@@ -317,18 +321,13 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
         )
         starts = self.query_start_loc.np[: num_reqs + 1].astype(np.int64)
         rows, num_tokens = true_rows(self._step, starts)
-        token_ids, positions = self.input_ids.gpu, self.positions
-        if self._step.walked is None:  # all rows, copied as vLLM's buffers are filled again
-            token_ids, positions = token_ids[: rows.size].clone(), positions[: rows.size].clone()
-            taps = [hidden[: rows.size] for hidden in aux_hidden_states]
-        else:
-            index = torch.from_numpy(rows)
-            token_ids, positions = token_ids[index], positions[index]
-            taps = [hidden[index] for hidden in aux_hidden_states]
+        token_ids, positions = self.input_ids.np, self.positions.numpy()
+        gather = gather_rows_cpu if is_available() else reference.gather_rows
         return TrueTokens(
-            token_ids=token_ids,
-            positions=positions,
-            features=torch.cat(taps, dim=-1),
+            # Copies: vLLM's buffers are filled again.
+            token_ids=torch.from_numpy(token_ids[rows]),
+            positions=torch.from_numpy(positions[rows]),
+            features=gather(aux_hidden_states, torch.from_numpy(rows)),
             num_tokens=num_tokens,
             next_token_ids=next_token_ids,
             block_table=common_attn_metadata.block_table_tensor[:num_reqs],

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The plain C entries of the library, for ctypes: each takes the address of its packed arguments.
 #include "argmax.hpp"
+#include "gather_rows.hpp"
 #include "head_layer.hpp"
 #include "kv_compact.hpp"
 #include "packed_linear.hpp"
@@ -105,6 +106,10 @@ HETEROSPEC_EXPORT int heterospec_kv_compact(const heterospec::CompactArguments* 
     case kAmx: return heterospec::compact<heterospec::AmxPages>(*args);
     default: return 1;
   }
+}
+
+HETEROSPEC_EXPORT int heterospec_gather_rows(const heterospec::GatherArguments* args) {
+  return heterospec::gather_rows(*args), 0;
 }
 
 // Returns 0, or 1 for an element size it does not know.

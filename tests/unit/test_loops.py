@@ -193,6 +193,18 @@ def test_walked_rows(seed: int, chunks: list[int]) -> None:
     np.testing.assert_array_equal(num_tokens, chunks + emitted)
 
 
+@few
+@given(seeds, st.integers(0, 5))
+def test_prompt_left(seed: int, num_reqs: int) -> None:
+    rng = np.random.default_rng(seed)
+    prompts, computed = rng.integers(1, 50, (2, num_reqs)).astype(np.int32)
+    starts = np.cumsum([0, *rng.integers(0, 9, num_reqs), 7]).astype(np.int32)
+    got = row_loops.prompt_left(prompts, np.append(computed, np.int32(99)), starts)
+    done = computed + np.diff(starts)[:num_reqs]
+    np.testing.assert_array_equal(got, np.maximum(0, prompts - done))
+    assert got.dtype == np.int64
+
+
 def test_positions_end_at_the_models_length() -> None:
     got = row_loops.level_positions(np.array([5, 98]), np.array([0, 1, 1]), 2, 99)
     assert got.tolist() == [7, 99, 99]
