@@ -209,8 +209,9 @@ def machine_name() -> str:
     return f"{_processor()}, {threads} threads"
 
 
-# What decides how fast matrices are multiplied, the best first. Virtual machines of one host family often share a
-# model name, and without bfloat16 instructions ten tokens may cost ten times one.
+# What decides how fast matrices are multiplied, the best first. Virtual machines of one maker often share a model name
+# ("AMD EPYC"), only family and model number tell generations apart, and without bfloat16 instructions ten tokens may cost
+# ten times one.
 _INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "sve", "asimd")
 
 
@@ -222,6 +223,8 @@ def _processor() -> str:
     lines = (line.partition(":") for line in text.splitlines())
     fields = {key.strip().lower(): value.strip() for key, _, value in lines}
     model = fields.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" in fields and "model" in fields:
+        model += f" (family {fields['cpu family']}, model {fields['model']})"
     flags = fields.get("flags", fields.get("features", "")).split()
     best = next((name for name in _INSTRUCTIONS if name in flags), None)
     return f"{model} with {best}" if best else model

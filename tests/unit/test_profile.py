@@ -240,11 +240,15 @@ def test_the_machine_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
             "AMD EPYC with avx512_bf16",
         ),
         ("model name : AMD EPYC\nflags : fpu avx avx2 fma", "AMD EPYC with avx2"),
+        (
+            "cpu family : 26\nmodel : 2\nmodel name : AMD EPYC\nflags : fpu avx2",
+            "AMD EPYC (family 26, model 2) with avx2",
+        ),
         ("processor : 0\nFeatures : fp asimd", "ours with asimd"),
         ("model name : old\nflags : fpu sse2", "old"),
     ],
 )
-def test_machines_named_alike_differ_by_their_instructions(
+def test_machines_named_alike_differ_by_generation_and_instructions(
     monkeypatch: pytest.MonkeyPatch, cpuinfo: str, name: str
 ) -> None:
     monkeypatch.setattr(Path, "read_text", lambda self: cpuinfo)
