@@ -210,8 +210,8 @@ def machine_name() -> str:
 
 
 # What decides how fast matrices are multiplied, the best first. Virtual machines of one maker often share a model name
-# ("AMD EPYC"), only family and model number tell generations apart, and without bfloat16 instructions ten tokens may cost
-# ten times one.
+# ("AMD EPYC"), only family and model number tell generations apart, and without bfloat16 instructions ten tokens may
+# cost ten times one.
 _INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "sve", "asimd")
 
 
