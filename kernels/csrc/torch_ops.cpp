@@ -47,10 +47,16 @@ Tensor packed_linear(const Tensor& rows, const Tensor& packed, const std::option
                             bias->numel() == num_columns),
                   "packed_linear: the bias is not of ", num_columns, " values of the rows' dtype");
   Tensor out = empty_matrix(rows.size(0), num_columns, rows);
-  const heterospec::PackedLinearArguments arguments{
-      code_of(rows.scalar_type()), rows.size(0),      depth,
-      num_columns,                 rows.stride(0),    rows.data_ptr(),
-      packed.data_ptr(),           bias ? bias->data_ptr() : nullptr, out.data_ptr()};
+  heterospec::PackedLinearArguments arguments;
+  arguments.dtype = code_of(rows.scalar_type());
+  arguments.num_rows = rows.size(0);
+  arguments.depth = depth;
+  arguments.num_columns = num_columns;
+  arguments.input_stride = rows.stride(0);
+  arguments.input = rows.data_ptr();
+  arguments.weight = packed.data_ptr();
+  arguments.bias = bias ? bias->data_ptr() : nullptr;
+  arguments.out = out.data_ptr();
   STD_TORCH_CHECK(packed_linear_entry(&arguments) == 0, "packed_linear: float32, bfloat16 and float16 are allowed");
   return out;
 }
