@@ -16,12 +16,17 @@ from vllm.v1.spec_decode.eagle import EagleProposer
 from heterospec_vllm import row_loops
 from heterospec_vllm.attention.cpu import DraftLevelMetadata
 from heterospec_vllm.fused_head import MAX_ROWS, FusedHead, fused_head
-from heterospec_vllm.kernels.gather_rows_cpu import gather_rows_cpu
 from heterospec_vllm.policies import DraftPolicy
 from heterospec_vllm.timing import CLOCK
 from heterospec_vllm.tree import Floats, Ints
 from heterospec_vllm.tree_drafter import Frontier, HeadContext, TreeDrafter
-from heterospec_vllm.true_tokens import TrueTokens, context_offsets, slots_of, split_last
+from heterospec_vllm.true_tokens import (
+    TrueTokens,
+    context_offsets,
+    gather_rows,
+    slots_of,
+    split_last,
+)
 
 # Tokens whose keys are computed together: enough for the products, few enough for the caches.
 KEY_ROWS = 512
@@ -144,7 +149,7 @@ class HeteroSpecProposer(TreeDrafter, EagleProposer):
         positions = tokens.positions
         if seq_lens.size < len(following):
             last = tokens.ends - 1
-            normed, hidden = self._rows_of(normed, last), self._rows_of(hidden, last)
+            normed, hidden = gather_rows([normed], last), gather_rows([hidden], last)
             positions = torch.from_numpy(positions.numpy()[last])
         return HeadContext(
             seq_lens=torch.from_numpy(seq_lens),
@@ -178,11 +183,6 @@ class HeteroSpecProposer(TreeDrafter, EagleProposer):
             tail_index=rows.int()[:, None],
         )
         self._top_children(normed, 8)
-
-    def _rows_of(self, hidden: torch.Tensor, rows: Ints) -> torch.Tensor:
-        if self._fused is None:
-            return super()._rows_of(hidden, rows)
-        return gather_rows_cpu([hidden], torch.from_numpy(rows))
 
     def _top_children(
         self,

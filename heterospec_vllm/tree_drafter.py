@@ -31,6 +31,7 @@ from heterospec_vllm.tree import CandidatePool, DraftTrees, Floats, Ints, Ints32
 from heterospec_vllm.true_tokens import (
     TrueTokens,
     context_offsets,
+    gather_rows,
     parts_of,
     requests_of,
     slots_of,
@@ -121,14 +122,6 @@ class TreeDrafter:
         first_row: nodes expanded in the levels before, which are the first rows.
         """
         raise NotImplementedError
-
-    def _rows_of(
-        self,
-        hidden: torch.Tensor,  # [num_rows, hidden_size]
-        rows: Ints,
-    ) -> torch.Tensor:
-        """[rows.size, hidden_size]"""
-        return hidden[torch.from_numpy(rows)]
 
     def _top_children(
         self,
@@ -356,7 +349,7 @@ class TreeDrafter:
             reqs=reqs,
             tokens=torch.from_numpy(tokens),
             query_start_loc=torch.from_numpy(start),
-            hidden=self._rows_of(hidden, above),
+            hidden=gather_rows([hidden], above),
             tail=new_tail,
         )
 

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 
 from heterospec_vllm import row_loops
+from heterospec_vllm.kernels.gather_rows_cpu import gather_rows_cpu
+from heterospec_vllm.kernels.tree_attention_cpu import is_available
 from heterospec_vllm.tree import Ints
 
 
@@ -49,6 +51,18 @@ class TrueTokens:
     def context(self) -> float:
         """Tokens of context of all requests: the positions of their last tokens."""
         return self._firsts_and_context[1]
+
+
+def gather_rows(
+    sources: list[torch.Tensor],  # each [num_source_rows, columns]
+    rows: Ints,
+) -> torch.Tensor:
+    """[rows.size, columns of all sources]: those rows of each, side by side."""
+    index = torch.from_numpy(rows)
+    if sources[0].device.type == "cpu" and is_available():
+        return gather_rows_cpu(sources, index)
+    parts = [source[index] for source in sources]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
 def context_offsets(tokens: TrueTokens) -> torch.Tensor:

@@ -138,28 +138,43 @@ class HeteroSpecCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         return MaskedAttentionMetadata(masked, super().build(common_prefix_len, rest, fast_build))
 
 
+@dataclass
+class _Pages:
+    """What a layer's calls have in common."""
+
+    kv_cache: torch.Tensor
+    keys: torch.Tensor  # [num_blocks, num_kv_heads, block_size, head_size]
+    values: torch.Tensor  # likewise
+    packed: bytes | None = None  # for our op, once it is called
+
+
 class HeteroSpecCPUAttentionImpl(CPUAttentionBackendImpl):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self._pages: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
-        self._packed: tuple[torch.Tensor, bytes] | None = None
+        self._pages: _Pages | None = None
 
-    def _packed_layer(self, kv_cache: torch.Tensor, isa: str) -> bytes:
-        """The layer's pages and heads for the kernel, packed once per cache tensor."""
-        if self._packed is None or self._packed[0] is not kv_cache:
-            pages = self.key_value_pages(kv_cache)
-            packed = pack_layer(*pages, self.num_heads, self.head_size, self.scale, isa=isa)
-            self._packed = kv_cache, packed
-        return self._packed[1]
-
-    def key_value_pages(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The layer's K and V pages as vLLM's own impl views them, made once per cache tensor."""
-        if self._pages is None or self._pages[0] is not kv_cache:
+    def _pages_of(self, kv_cache: torch.Tensor) -> _Pages:
+        """The layer's pages as vLLM's own impl views them, made once per cache tensor."""
+        if self._pages is None or self._pages.kv_cache is not kv_cache:
             num_blocks, num_kv_heads, block_size, _ = kv_cache.size()
             pages = kv_cache.view((num_blocks, num_kv_heads, block_size * 2, -1))
             keys, values = pages.chunk(2, dim=2)
-            self._pages = (kv_cache, keys, values)
-        return self._pages[1], self._pages[2]
+            self._pages = _Pages(kv_cache, keys, values)
+        return self._pages
+
+    def key_value_pages(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The layer's K and V pages."""
+        pages = self._pages_of(kv_cache)
+        return pages.keys, pages.values
+
+    def _packed_layer(self, kv_cache: torch.Tensor, isa: str) -> bytes:
+        """The layer's pages and heads for the kernel."""
+        pages = self._pages_of(kv_cache)
+        if pages.packed is None:
+            pages.packed = pack_layer(
+                pages.keys, pages.values, self.num_heads, self.head_size, self.scale, isa=isa
+            )
+        return pages.packed
 
     def forward(
         self,

@@ -32,8 +32,6 @@ from heterospec_vllm.attention.op_choice import VLLMS, OpChoice, choose_op
 from heterospec_vllm.attention.op_timing import Heads
 from heterospec_vllm.catch_up import HeadProgress
 from heterospec_vllm.drafter import HeteroSpecProposer
-from heterospec_vllm.kernels import reference
-from heterospec_vllm.kernels.gather_rows_cpu import gather_rows_cpu
 from heterospec_vllm.kernels.tree_attention_cpu import is_available
 from heterospec_vllm.packed_linears import DISPATCH
 from heterospec_vllm.runners.shared import SpeculatingRunner
@@ -41,7 +39,7 @@ from heterospec_vllm.runners.step import Step, true_rows, without_speculation
 from heterospec_vllm.scorer import TreeScorer
 from heterospec_vllm.timing import CLOCK
 from heterospec_vllm.tree import Ints
-from heterospec_vllm.true_tokens import TrueTokens
+from heterospec_vllm.true_tokens import TrueTokens, gather_rows
 
 
 class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
@@ -322,12 +320,11 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
         starts = self.query_start_loc.np[: num_reqs + 1].astype(np.int64)
         rows, num_tokens = true_rows(self._step, starts)
         token_ids, positions = self.input_ids.np, self.positions.numpy()
-        gather = gather_rows_cpu if is_available() else reference.gather_rows
         return TrueTokens(
             # Copies: vLLM's buffers are filled again.
             token_ids=torch.from_numpy(token_ids[rows]),
             positions=torch.from_numpy(positions[rows]),
-            features=gather(aux_hidden_states, torch.from_numpy(rows)),
+            features=gather_rows(aux_hidden_states, rows),
             num_tokens=num_tokens,
             next_token_ids=next_token_ids,
             block_table=common_attn_metadata.block_table_tensor[:num_reqs],
