@@ -47,7 +47,7 @@ bench-smoke: install ## ratios to plain vLLM and to its best chain, below ten mi
 		--thresholds benchmarks/thresholds.yaml; code=$$?; rm -rf $$folder; exit $$code
 
 aot: install ## compile every Triton kernel for real GPUs, without one
-	$(BIN)/python -m heterospec_vllm.kernels.aot
+	$(BIN)/python -m heterospec_vllm.kernels.gpu.aot
 
 gpu-check: ## the kernels' tests and timings on this machine's GPU; needs torch and triton only
 	$(or $(GPU_PYTHON),python3) tools/gpu_check.py $(if $(JSON),--json $(JSON))
@@ -60,7 +60,7 @@ gpu-serve-check: ## on a GPU machine with the extras [cuda,dev,bench]: identity 
 quality: install ## lint, format check, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy heterospec_vllm kernels
+	$(BIN)/mypy
 
 clean: ## remove .venv and caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,26 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Maps two top-level folders into the package; everything else is in pyproject.toml.
+"""Finds the packages; everything else is in pyproject.toml.
 
-`kernels/` depends on torch and triton only and is tested on machines with nothing else, so it
-lives apart, but a top-level import package `kernels` would collide with one on PyPI.
+`kernels/` and `configs/` lie at the top level and are linked into the package: `kernels/` depends on
+torch and triton only and is tested on machines with nothing else, but a top-level import package
+`kernels` would collide with one on PyPI. Through the links type checkers and tools see one package.
 """
 
 from setuptools import find_packages, setup
 
-PACKAGE_DIR = {
-    "heterospec_vllm": "heterospec_vllm",
-    "heterospec_vllm.kernels": "kernels",
-    "heterospec_vllm.configs": "configs",
-}
-
 setup(
-    packages=[
-        *find_packages(include=["heterospec_vllm", "heterospec_vllm.*"]),
-        "heterospec_vllm.kernels",
-        *(f"heterospec_vllm.kernels.{name}" for name in find_packages("kernels")),
-        "heterospec_vllm.configs",
-    ],
-    package_dir=PACKAGE_DIR,
+    packages=find_packages(include=["heterospec_vllm", "heterospec_vllm.*"]),
     package_data={
         "heterospec_vllm": ["assets/**/*", "bench/*.j2"],
         "heterospec_vllm.kernels": ["csrc/*"],

@@ -21,15 +21,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from heterospec_vllm import calibration
 from heterospec_vllm.cli.calibrate import record_trace, time_steps
 from heterospec_vllm.cli.engine import in_process_llm
 from heterospec_vllm.cli.progress import watched
 from heterospec_vllm.cli.simulate import compare
-from heterospec_vllm.cost import StepCosts
-from heterospec_vllm.profile import Profile, load_profile
+from heterospec_vllm.policy.cost import StepCosts
+from heterospec_vllm.policy.profile import Profile, load_profile
 from heterospec_vllm.prompts import chat_token_ids, texts_of
-from heterospec_vllm.simulate import Replay
+from heterospec_vllm.replay import calibration
+from heterospec_vllm.replay.simulate import Replay
 
 HEAD = "builtin:smollm2-135m"
 PROFILE = Path(__file__).parents[1] / "configs/profiles/smollm2-135m.json"

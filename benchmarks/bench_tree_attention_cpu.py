@@ -4,7 +4,7 @@
     python benchmarks/bench_tree_attention_cpu.py [--json results.json] [--quick]
 
 Chain-shaped trees, so that both ops compute the same thing (checked). Rounds of the two ops
-alternate; a figure is the median over rounds (``heterospec_vllm/attention/op_timing.py``).
+alternate; a figure is the median over rounds (``heterospec_vllm/layers/op_timing.py``).
 """
 
 import argparse
@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from heterospec_vllm.attention.op_timing import Case, Heads, measure
-from heterospec_vllm.kernels import tree_attention_cpu as kernel
+from heterospec_vllm.kernels.cpu import tree_attention as kernel
+from heterospec_vllm.layers.op_timing import Case, Heads, measure
 
 TARGET_RATIO = 1.10
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

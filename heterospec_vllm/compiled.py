@@ -15,8 +15,6 @@ from typing import Any
 from llvmlite.binding import ffi
 from numba import njit
 
-NO_ROW = -1  # no parent, no row, padding
-
 
 def compiled(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Compiles a function for the types of numba's ``signature``; a call with others is a TypeError."""

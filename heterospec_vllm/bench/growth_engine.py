@@ -33,7 +33,7 @@ from heterospec_vllm.bench.growth_points import (
 )
 
 if TYPE_CHECKING:
-    from heterospec_vllm.attention.op_timing import Timing
+    from heterospec_vllm.layers.op_timing import Timing
 
 GIB = 1 << 30
 
@@ -245,8 +245,8 @@ def _prompts(llm: Any, point: Point) -> Iterator[list[int]]:
 
 def _time_attention(llm: Any, point: Point) -> Timing | None:
     """One layer's call of our op and of vLLM's, on the engine's own threads; None without our kernel."""
-    from heterospec_vllm.attention.op_timing import Case, Heads, measure
-    from heterospec_vllm.kernels.tree_attention_cpu import is_available
+    from heterospec_vllm.kernels.cpu.tree_attention import is_available
+    from heterospec_vllm.layers.op_timing import Case, Heads, measure
 
     if not is_available():
         return None

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from heterospec_vllm.bench.child import EngineFailed
 from heterospec_vllm.bench.contenders import Contender
 from heterospec_vllm.bench.spec import OURS, System
-from heterospec_vllm.demo_server import ServerFailed
+from heterospec_vllm.demo.server import ServerFailed
 
 Failures = (EngineFailed, ServerFailed)
 # Compiling keeps one core busy for minutes. Ours may time its steps as it starts, and starts alone.

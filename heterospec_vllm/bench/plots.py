@@ -21,7 +21,7 @@ from heterospec_vllm.bench.style import (
     system_line,
 )
 from heterospec_vllm.bench.tables import MARGINAL, PLAIN, Frame, system_order
-from heterospec_vllm.metrics import STEP_PARTS
+from heterospec_vllm.observe.counters import STEP_PARTS
 
 AT_ONCE = "requests at once"
 SPLIT_COLUMNS = 5  # of a page's width

@@ -36,7 +36,7 @@ from heterospec_vllm.bench.serving_client import (
     serving_of,
     write_dataset,
 )
-from heterospec_vllm.demo_server import (
+from heterospec_vllm.demo.server import (
     HOST,
     ServerFailed,
     VllmServer,
@@ -44,7 +44,7 @@ from heterospec_vllm.demo_server import (
     last_lines,
     signal_group,
 )
-from heterospec_vllm.metrics_file import METRICS
+from heterospec_vllm.observe.metrics_file import METRICS
 
 if TYPE_CHECKING:
     from prometheus_client.samples import Sample

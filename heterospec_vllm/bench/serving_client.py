@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from heterospec_vllm.bench import rows
-from heterospec_vllm.demo_server import server_environment
+from heterospec_vllm.demo.server import server_environment
 
 PERCENTILES = (50, 99)
 LATENCIES = ("ttft", "tpot", "itl", "e2el")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from heterospec_vllm.compat import platform_name
+from heterospec_vllm.plugin.compat import platform_name
 
 if TYPE_CHECKING:
     from heterospec_vllm.bench.contenders import Contender
@@ -94,7 +94,7 @@ def _checked(spec_file: Path, thresholds: Path | None) -> tuple[BenchSpec, Thres
     """Both files, read and checked, with the prompts and the profile that the spec names."""
     from heterospec_vllm.bench.prompt_sets import check_files
     from heterospec_vllm.bench.spec import load_spec, read_yaml
-    from heterospec_vllm.profile import load_profile
+    from heterospec_vllm.policy.profile import load_profile
 
     try:
         spec = load_spec(spec_file)
@@ -188,7 +188,7 @@ def _gpu_memory(spec: BenchSpec) -> dict[str, Any]:
 
 def _pair(spec: BenchSpec, console: Console) -> tuple[str, str]:
     """(target, head), prepared where the spec names none."""
-    from heterospec_vllm.demo_model_cache import default_cache_dir, prepare_target, shipped_head
+    from heterospec_vllm.demo.model_cache import default_cache_dir, prepare_target, shipped_head
 
     target = spec.target or str(prepare_target(default_cache_dir(), console))
     return target, spec.head or str(shipped_head())

@@ -22,7 +22,7 @@ from heterospec_vllm.cli.sizes import sizes_of
 from heterospec_vllm.prompts import BUILT_IN, chat_token_ids, texts_of
 
 if TYPE_CHECKING:
-    from heterospec_vllm.trace import Trace
+    from heterospec_vllm.replay.trace import Trace
 
 # (nodes, depth, top_k) whose steps are timed, 0 nodes: plain decoding. Chains too, or a level of one node would be
 # priced like the narrowest bushy one.
@@ -113,8 +113,8 @@ def calibrate(
         recorded.save(trace)
     samples = time_steps(llm, ids, sizes, 2 * tokens, console)
 
-    from heterospec_vllm import calibration
-    from heterospec_vllm.simulate import Replay
+    from heterospec_vllm.replay import calibration
+    from heterospec_vllm.replay.simulate import Replay
 
     console.print("fitting ...")
     try:
@@ -135,7 +135,7 @@ def record_trace(
     import numpy as np
     from vllm import SamplingParams
 
-    from heterospec_vllm.trace import Trace
+    from heterospec_vllm.replay.trace import Trace
 
     jobs = [(one, 0.0) for one in ids] + ([(one, 1.0) for one in ids] if sampled else [])
     llm.collective_rpc("heterospec_trace", args=(True,))
@@ -189,7 +189,8 @@ def time_steps(
 
 def _save(output: Path, target, head, fit, costs, dtype: str, depth: int, num_prompts: int) -> None:
     from heterospec_vllm.config import BUILTIN_HEAD, ConfigSource, parse
-    from heterospec_vllm.profile import Profile, fingerprint, machine_name
+    from heterospec_vllm.machine import machine_name
+    from heterospec_vllm.policy.profile import Profile, fingerprint
 
     if head == BUILTIN_HEAD:
         head = parse(ConfigSource({"method": "heterospec", "model": head}, None)).model

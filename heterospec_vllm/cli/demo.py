@@ -18,8 +18,8 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from heterospec_vllm.demo_chat import Measurements
-    from heterospec_vllm.demo_server import VllmServer
+    from heterospec_vllm.demo.chat import Measurements
+    from heterospec_vllm.demo.server import VllmServer
 
 MAX_MODEL_LEN = 2048
 
@@ -54,7 +54,7 @@ def demo(
     asks a second server without speculation the same questions in alternating rounds. Both run
     in the same mode on the same cores. Everything is shut down at the end, also on Ctrl-C.
     """
-    from heterospec_vllm.demo_server import ServerFailed
+    from heterospec_vllm.demo.server import ServerFailed
 
     # So that `kill` cleans up like Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
@@ -76,7 +76,7 @@ def demo(
 
 
 def _default_target(console: Console) -> str:
-    from heterospec_vllm.demo_model_cache import default_cache_dir, prepare_target
+    from heterospec_vllm.demo.model_cache import default_cache_dir, prepare_target
 
     return str(prepare_target(default_cache_dir(), console))
 
@@ -86,7 +86,7 @@ def _packaged_config() -> str:
 
 
 def _faster_dtype(console: Console) -> str | None:
-    from heterospec_vllm.demo_server import multiplies_16_bits
+    from heterospec_vllm.demo.server import multiplies_16_bits
 
     if multiplies_16_bits():
         return None
@@ -102,7 +102,7 @@ def _server(
     speculative_config: str | None,
     dtype: str | None,
 ) -> "VllmServer":
-    from heterospec_vllm.demo_server import VllmServer, free_port
+    from heterospec_vllm.demo.server import VllmServer, free_port
 
     return VllmServer(
         label,
@@ -143,7 +143,7 @@ def _demo(
     num_rounds: int,
     max_tokens: int,
 ) -> None:
-    from heterospec_vllm.demo_chat import QUESTIONS, ChatClient, compare
+    from heterospec_vllm.demo.chat import QUESTIONS, ChatClient, compare
 
     with server, plain:
         _start(console, server)
@@ -174,7 +174,7 @@ def _demo(
 
 
 def _start(console: Console, server: "VllmServer") -> None:
-    from heterospec_vllm.demo_server import server_environment
+    from heterospec_vllm.demo.server import server_environment
 
     environment = server_environment()
     shown = " ".join(

@@ -32,7 +32,7 @@ def demo_model(
     it again only checks; an interrupted run leaves nothing behind. The last line of standard
     output is JSON: {"target": DIR, "head": DIR}.
     """
-    from heterospec_vllm.demo_model_cache import default_cache_dir, prepare_target, shipped_head
+    from heterospec_vllm.demo.model_cache import default_cache_dir, prepare_target, shipped_head
 
     # So that `kill` cleans up like Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))

@@ -70,8 +70,8 @@ def explain(
     check_output(png, "--png", ".png")
     if png is not None:
         require_extra("calibrate", "matplotlib", option="--png")
-    from heterospec_vllm.step_picture import draw_steps
-    from heterospec_vllm.steps import read_steps
+    from heterospec_vllm.observe.step_picture import draw_steps
+    from heterospec_vllm.observe.steps import read_steps
 
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from vllm import SamplingParams

@@ -37,9 +37,9 @@ def simulate(
     have cost comes from the profile's tables. The oracle sees, in hindsight, where to stop drafting
     and how many of the best nodes to verify.
     """
-    from heterospec_vllm.profile import load_profile
-    from heterospec_vllm.simulate import Replay
-    from heterospec_vllm.trace import Trace
+    from heterospec_vllm.policy.profile import load_profile
+    from heterospec_vllm.replay.simulate import Replay
+    from heterospec_vllm.replay.trace import Trace
 
     sizes = sizes_of(batches, "--batches")
     _check_bounds(nodes, depth)
@@ -82,9 +82,9 @@ def compare(
     replay: Any, profile: Any, batch: int, requests: int, bounds: tuple[int, int, int]
 ) -> dict[str, dict[str, float]]:
     """Outcome by policy at one batch size; greedy requests come first in a trace."""
-    from heterospec_vllm.cost import StepCosts
-    from heterospec_vllm.simulate import oracle
-    from heterospec_vllm.simulate import replay as run
+    from heterospec_vllm.policy.cost import StepCosts
+    from heterospec_vllm.replay.simulate import oracle
+    from heterospec_vllm.replay.simulate import replay as run
 
     def costs() -> StepCosts:
         return StepCosts.from_dict(profile.costs.model_dump())
@@ -113,7 +113,7 @@ def compare(
 def makers_of(profile: Any, bounds: tuple[int, int, int], costs: Any) -> dict[str, Any]:
     """Policy by name; each call makes a fresh one."""
     from heterospec_vllm.config import HeteroSpecConfig
-    from heterospec_vllm.marginal import make_policy
+    from heterospec_vllm.engine.make_policy import make_policy
 
     def maker(policy: str, nodes: int, depth: int, top_k: int, with_profile: bool = True) -> Any:
         config = HeteroSpecConfig(

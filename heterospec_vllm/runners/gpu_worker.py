@@ -12,8 +12,8 @@ from heterospec_vllm.runners.worker_calls import WorkerCalls
 logger = init_logger(__name__)
 
 _BACKENDS = {
-    AttentionBackendEnum.FLASH_ATTN: "heterospec_vllm.attention.flash.HeteroSpecFlashBackend",
-    AttentionBackendEnum.TRITON_ATTN: "heterospec_vllm.attention.triton.HeteroSpecTritonBackend",
+    AttentionBackendEnum.FLASH_ATTN: "heterospec_vllm.layers.attention_flash.HeteroSpecFlashBackend",
+    AttentionBackendEnum.TRITON_ATTN: "heterospec_vllm.layers.attention_triton.HeteroSpecTritonBackend",
 }
 
 

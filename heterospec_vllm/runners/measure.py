@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from vllm.logger import init_logger
 
-from heterospec_vllm.cost import ROW_KNOTS, TOKEN_KNOTS, StepCosts, table_from_samples
-from heterospec_vllm.tree import Floats, Ints
-from heterospec_vllm.tree_drafter import TreeDrafter
+from heterospec_vllm.arrays import Floats, Ints
+from heterospec_vllm.draft.tree_drafter import TreeDrafter
+from heterospec_vllm.policy.cost import ROW_KNOTS, TOKEN_KNOTS, StepCosts, table_from_samples
 
 logger = init_logger(__name__)
 

@@ -13,6 +13,7 @@ from vllm.config import ModelConfig, SchedulerConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.core.sched.output import SchedulerOutput
 
+from heterospec_vllm.arrays import Ints
 from heterospec_vllm.config import (
     ConfigSource,
     HeteroSpecConfig,
@@ -20,28 +21,28 @@ from heterospec_vllm.config import (
     metrics_file_of,
     parse,
 )
-from heterospec_vllm.controller import Controller
-from heterospec_vllm.cost import StepCosts
-from heterospec_vllm.fallback import (
+from heterospec_vllm.draft.tree_drafter import TreeDrafter
+from heterospec_vllm.engine.controller import Controller
+from heterospec_vllm.engine.fallback import (
     Request,
     fallback_reason,
     is_worth_drafting,
     most_nodes,
     tokens_left,
 )
-from heterospec_vllm.marginal import make_policy
-from heterospec_vllm.metrics import StepCounters
-from heterospec_vllm.metrics_file import open_metrics_file
-from heterospec_vllm.metrics_multiprocess import open_multiprocess_metrics
-from heterospec_vllm.policies import Demand, DraftPolicy, PlainPolicy
-from heterospec_vllm.policy import TreeShape
-from heterospec_vllm.profile import load_profile, machine_name
+from heterospec_vllm.engine.make_policy import make_policy
+from heterospec_vllm.engine.step import Step, with_drafts
+from heterospec_vllm.machine import machine_name
+from heterospec_vllm.observe.counters import StepCounters
+from heterospec_vllm.observe.metrics_file import open_metrics_file
+from heterospec_vllm.observe.metrics_multiprocess import open_multiprocess_metrics
+from heterospec_vllm.policy.base import Demand, DraftPolicy, PlainPolicy
+from heterospec_vllm.policy.cost import StepCosts
+from heterospec_vllm.policy.decisions import TreeShape
+from heterospec_vllm.policy.profile import load_profile
+from heterospec_vllm.replay.recorders import CostRecorder, TracePolicy, TraceRecorder
 from heterospec_vllm.runners.measure import measure_costs
-from heterospec_vllm.runners.step import Step, with_drafts
 from heterospec_vllm.timing import CLOCK
-from heterospec_vllm.trace import CostRecorder, TracePolicy, TraceRecorder
-from heterospec_vllm.tree import Ints
-from heterospec_vllm.tree_drafter import TreeDrafter
 
 logger = init_logger(__name__)
 

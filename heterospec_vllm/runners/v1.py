@@ -22,24 +22,23 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
-from heterospec_vllm import row_loops
-from heterospec_vllm.attention.cpu import (
+from heterospec_vllm.arrays import Ints
+from heterospec_vllm.draft.eagle_v1 import HeteroSpecProposer
+from heterospec_vllm.draft.progress import HeadProgress
+from heterospec_vllm.draft.true_tokens import TrueTokens, gather_rows
+from heterospec_vllm.engine.step import Step, prompt_left, true_rows, without_speculation
+from heterospec_vllm.kernels.cpu.tree_attention import is_available
+from heterospec_vllm.layers.attention_cpu import (
     PIECE_ROWS,
     HeteroSpecCPUAttentionMetadataBuilder,
     MaskedRows,
 )
-from heterospec_vllm.attention.op_choice import VLLMS, OpChoice, choose_op
-from heterospec_vllm.attention.op_timing import Heads
-from heterospec_vllm.catch_up import HeadProgress
-from heterospec_vllm.drafter import HeteroSpecProposer
-from heterospec_vllm.kernels.tree_attention_cpu import is_available
-from heterospec_vllm.packed_linears import DISPATCH
+from heterospec_vllm.layers.linears_cpu import DISPATCH
+from heterospec_vllm.layers.op_choice import VLLMS, OpChoice, choose_op
+from heterospec_vllm.layers.op_timing import Heads
 from heterospec_vllm.runners.shared import SpeculatingRunner
-from heterospec_vllm.runners.step import Step, true_rows, without_speculation
-from heterospec_vllm.scorer import TreeScorer
 from heterospec_vllm.timing import CLOCK
-from heterospec_vllm.tree import Ints
-from heterospec_vllm.true_tokens import TrueTokens, gather_rows
+from heterospec_vllm.verify.scorer_v1 import TreeScorer
 
 
 class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
@@ -296,7 +295,7 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
     def _prompt_left(self) -> Ints:
         """[num_reqs] tokens of each prompt that are read after this step."""
         batch, num_reqs = self.input_batch, self.input_batch.num_reqs
-        return row_loops.prompt_left(
+        return prompt_left(
             batch.num_prompt_tokens[:num_reqs],
             batch.num_computed_tokens_cpu,
             self.query_start_loc.np,

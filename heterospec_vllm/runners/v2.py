@@ -20,17 +20,17 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.spec_decode.eagle.eagle3_utils import get_eagle3_aux_layers_from_config
 
-from heterospec_vllm.attention.gpu import StepTrees, TreeBuilder
-from heterospec_vllm.catch_up import HeadProgress
-from heterospec_vllm.device_scorer import DeviceScorer
-from heterospec_vllm.head import load as head_config
-from heterospec_vllm.kernels.kv_compact import KVLayers
+from heterospec_vllm.arrays import Ints
+from heterospec_vllm.draft.eagle_v2 import HeteroSpecSpeculator, tree_reason_of
+from heterospec_vllm.draft.progress import HeadProgress
+from heterospec_vllm.draft.true_tokens import TrueTokens
+from heterospec_vllm.engine.step import Step, true_rows
+from heterospec_vllm.kernels.gpu.kv_compact import KVLayers
+from heterospec_vllm.layers.attention_gpu import StepTrees, TreeBuilder
+from heterospec_vllm.plugin.head import load as head_config
 from heterospec_vllm.runners.shared import SpeculatingRunner, logger
-from heterospec_vllm.runners.step import Step, true_rows
-from heterospec_vllm.speculator import HeteroSpecSpeculator, tree_reason_of
 from heterospec_vllm.timing import CLOCK
-from heterospec_vllm.tree import Ints
-from heterospec_vllm.true_tokens import TrueTokens
+from heterospec_vllm.verify.scorer_v2 import DeviceScorer
 
 
 class HeteroSpecGPUModelRunner(SpeculatingRunner, GPUModelRunner):

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from heterospec_vllm.observe.step_recorder import StepRecorder
 from heterospec_vllm.runners.shared import SpeculatingRunner
-from heterospec_vllm.steps import StepRecorder
 from heterospec_vllm.timing import CLOCK
 
 

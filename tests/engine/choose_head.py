@@ -3,7 +3,7 @@
 
 from typing import Any
 
-from heterospec_vllm.fused_head import FusedHead
+from heterospec_vllm.draft.fused_head import FusedHead
 
 
 def choose_head(worker: Any, fused: bool) -> None:

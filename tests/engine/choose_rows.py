@@ -3,7 +3,7 @@
 
 from typing import Any
 
-from heterospec_vllm.attention.op_choice import OpChoice
+from heterospec_vllm.layers.op_choice import OpChoice
 
 
 def choose_rows(worker: Any, decodes: bool, prompts: bool) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from heterospec_vllm.policies import Batch, DraftPolicy, Level
-from heterospec_vllm.policy import TreeShape
+from heterospec_vllm.policy.base import Batch, DraftPolicy, Level
+from heterospec_vllm.policy.decisions import TreeShape
 
 
 class RandomPolicy(DraftPolicy):

@@ -9,8 +9,8 @@ import openai
 import pytest
 from rich.console import Console
 
-from heterospec_vllm.demo_model_cache import default_cache_dir, prepare_target
-from heterospec_vllm.demo_server import VllmServer, free_port
+from heterospec_vllm.demo.model_cache import default_cache_dir, prepare_target
+from heterospec_vllm.demo.server import VllmServer, free_port
 
 pytestmark = [pytest.mark.engine, pytest.mark.full]
 

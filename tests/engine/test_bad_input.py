@@ -14,10 +14,9 @@ from tiny_folders import HEAD, write_head, write_target
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from heterospec_vllm import compat
 from heterospec_vllm.config import CONFIG_FILE_KEY, METHOD
-from heterospec_vllm.plugin import register
-from heterospec_vllm.survival import SHAPE
+from heterospec_vllm.plugin import compat, register
+from heterospec_vllm.policy.survival import SHAPE
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -12,7 +12,7 @@ from heterospec_vllm.bench.engines import Position
 from heterospec_vllm.bench.gate import judge
 from heterospec_vllm.bench.rows import Cell
 from heterospec_vllm.bench.serving import ServedSystem
-from heterospec_vllm.demo_model_cache import (
+from heterospec_vllm.demo.model_cache import (
     check_head,
     default_cache_dir,
     prepare_target,

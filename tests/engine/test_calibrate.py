@@ -11,9 +11,9 @@ import pytest
 from harness import ENVIRONMENT
 from rich.console import Console
 
-from heterospec_vllm.demo_model_cache import default_cache_dir, prepare_target
-from heterospec_vllm.profile import load_profile, misfit_reason, shipped_profile
-from heterospec_vllm.trace import Trace
+from heterospec_vllm.demo.model_cache import default_cache_dir, prepare_target
+from heterospec_vllm.policy.profile import load_profile, misfit_reason, shipped_profile
+from heterospec_vllm.replay.trace import Trace
 
 pytestmark = pytest.mark.engine
 

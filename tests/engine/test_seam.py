@@ -20,7 +20,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from heterospec_vllm.config import METHOD, HeteroSpecConfig, from_vllm_config
 from heterospec_vllm.plugin import register
-from heterospec_vllm.wraps import CPU_WORKER
+from heterospec_vllm.plugin.wraps import CPU_WORKER
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -266,7 +266,7 @@ try:
     engines["unknown key"] = None
 except ValueError as error:
     engines["unknown key"] = str(error).splitlines()[:2]
-loaded = "heterospec_vllm.wraps" in sys.modules
+loaded = "heterospec_vllm.plugin.wraps" in sys.modules
 print("RESULT " + json.dumps([loaded, {"options": options, "parsed": parsed, "engines": engines}]))
 """
 

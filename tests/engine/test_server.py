@@ -13,13 +13,13 @@ import openai
 import pytest
 from rich.console import Console
 
-from heterospec_vllm.demo_model_cache import (
+from heterospec_vllm.demo.model_cache import (
     check_head,
     default_cache_dir,
     prepare_target,
     shipped_head,
 )
-from heterospec_vllm.demo_server import VllmServer, free_port
+from heterospec_vllm.demo.server import VllmServer, free_port
 
 pytestmark = pytest.mark.engine
 

@@ -45,7 +45,7 @@ def _file() -> Path:
 def models() -> dict[str, str]:
     from rich.console import Console
 
-    from heterospec_vllm.demo_model_cache import (
+    from heterospec_vllm.demo.model_cache import (
         check_head,
         default_cache_dir,
         prepare_target,

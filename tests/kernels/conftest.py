@@ -62,14 +62,14 @@ OTHER_BUILDS = {
 @pytest.fixture(scope="module", params=["native", *OTHER_BUILDS, "portable"])
 def cpu_build(request: pytest.FixtureRequest) -> Iterator[str]:
     """The C++ kernels as built for this CPU and in every other way that it can run (`choose_build`)."""
-    from heterospec_vllm.kernels import cpu_library, tree_attention_cpu
+    from heterospec_vllm.kernels.cpu import library, tree_attention
 
-    reason = tree_attention_cpu.unavailable_reason()
+    reason = tree_attention.unavailable_reason()
     if reason is not None:
         pytest.skip(reason)
-    own = tree_attention_cpu.instruction_set()
+    own = tree_attention.instruction_set()
     if own not in OTHER_BUILDS.get(request.param, (own,)):
         pytest.skip("this CPU's own build is that one, or it cannot run it")
-    cpu_library.choose_build(request.param)
+    library.choose_build(request.param)
     yield request.param
-    cpu_library.choose_build("native")
+    library.choose_build("native")

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from heterospec_vllm.kernels.strata_mask import (
+from heterospec_vllm.kernels.gpu.strata_mask import (
     Candidates,
     Selection,
     StrataMask,
     StrataTables,
     strata_mask,
 )
-from heterospec_vllm.kernels.strata_mask_reference import select_reference, strata_mask_reference
+from heterospec_vllm.kernels.reference.strata_mask import select_reference, strata_mask_reference
 
 # Survivals are probabilities: two float32 values interpolated, with or without a fused multiply-add,
 # or one exponential.

@@ -9,11 +9,11 @@ import test_head_layer_cpu as heads
 import test_tree_attention_cpu as trees
 import torch
 
-from heterospec_vllm.kernels import reference
-from heterospec_vllm.kernels.draft_attention_cpu import draft_attention_cpu
-from heterospec_vllm.kernels.head_layer_cpu import head_layer_cpu
-from heterospec_vllm.kernels.kv_compact_cpu import kv_compact_cpu
-from heterospec_vllm.kernels.tree_attention_cpu import tree_attention_cpu
+from heterospec_vllm.kernels.cpu.draft_attention import draft_attention_cpu
+from heterospec_vllm.kernels.cpu.head_layer import head_layer_cpu
+from heterospec_vllm.kernels.cpu.kv_compact import kv_compact_cpu
+from heterospec_vllm.kernels.cpu.tree_attention import tree_attention_cpu
+from heterospec_vllm.kernels.reference import cpu as reference
 
 pytestmark = pytest.mark.usefixtures("cpu_build")
 

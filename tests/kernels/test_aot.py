@@ -2,7 +2,7 @@
 """The ahead-of-time check: real targets of both vendors, and that it fails when it must.
 
 What compiles runs in a process of its own: here Triton may be interpreting. The whole list is not run
-here: it takes one to three minutes on one core, and `python -m heterospec_vllm.kernels.aot` is the check.
+here: it takes one to three minutes on one core, and `python -m heterospec_vllm.kernels.gpu.aot` is the check.
 """
 
 import json
@@ -15,16 +15,16 @@ from pathlib import Path
 import pytest
 from triton.runtime.errors import OutOfResources
 
-from heterospec_vllm.kernels import aot
-from heterospec_vllm.kernels.aot_registry import AotConfig, all_configs, kernel_modules
+from heterospec_vllm.kernels.gpu import aot
+from heterospec_vllm.kernels.gpu.aot_registry import AotConfig, all_configs, kernel_modules
 
-MODULE = "heterospec_vllm.kernels.aot"
+MODULE = "heterospec_vllm.kernels.gpu.aot"
 BROKEN = """
 import sys
 import triton
 import triton.language as tl
 from heterospec_vllm.kernels import aot
-from heterospec_vllm.kernels.aot_registry import AotConfig
+from heterospec_vllm.kernels.gpu.aot_registry import AotConfig
 
 @triton.jit
 def _spilling_kernel(x_ptr, SIZE: tl.constexpr):

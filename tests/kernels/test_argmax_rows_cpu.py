@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heterospec_vllm.kernels import reference
-from heterospec_vllm.kernels.argmax_rows_cpu import argmax_rows_cpu
+from heterospec_vllm.kernels.cpu.argmax_rows import argmax_rows_cpu
+from heterospec_vllm.kernels.reference import cpu as reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from heterospec_vllm.kernels import cpu_library
-from heterospec_vllm.kernels import tree_attention_cpu as kernel
+from heterospec_vllm.kernels.cpu import library
+from heterospec_vllm.kernels.cpu import tree_attention as kernel
 
 BUILD_IN_NEW_PROCESS = [
     sys.executable,
@@ -24,7 +24,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Nothing loaded, nothing cached; what other tests loaded is back afterwards."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("CXX", raising=False)
-    caches = (cpu_library._load, cpu_library.c_entry, kernel.unavailable_reason)
+    caches = (library._load, library.c_entry, kernel.unavailable_reason)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -36,8 +36,8 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert not kernel.is_available()
     assert "no C++ compiler: looked for g++ and c++" in (kernel.unavailable_reason() or "")
-    with pytest.raises(cpu_library.LibraryUnavailable, match="install g\\+\\+"):
-        cpu_library.load_library()
+    with pytest.raises(library.LibraryUnavailable, match="install g\\+\\+"):
+        library.load_library()
 
 
 def test_compiler_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -47,8 +47,8 @@ def test_compiler_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     monkeypatch.setenv("CXX", str(compiler))
     reason = kernel.unavailable_reason() or ""
     assert "failed" in reason and "internal error 42" in reason
-    assert not list(cpu_library.cache_dir().glob("*.so"))
-    assert not list(cpu_library.cache_dir().glob("build-*"))
+    assert not list(library.cache_dir().glob("*.so"))
+    assert not list(library.cache_dir().glob("build-*"))
 
 
 def test_unwritable_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -62,17 +62,17 @@ def test_damaged_library(monkeypatch: pytest.MonkeyPatch) -> None:
     def write_rubbish(command: list[str], source: Path, linked_with: list[str], path: Path) -> None:
         path.write_bytes(b"not a library")
 
-    monkeypatch.setattr(cpu_library, "_compile", write_rubbish)
+    monkeypatch.setattr(library, "_compile", write_rubbish)
     assert "does not load" in (kernel.unavailable_reason() or "")
 
 
 def test_key_follows_sources_flags_and_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     command = ["true", "-O3"]
-    keys = {cpu_library._key(command), cpu_library._key(["true", "-O2"])}
-    monkeypatch.setattr(cpu_library, "_cpu_flags", lambda: "flags: none")
-    keys.add(cpu_library._key(command))
-    monkeypatch.setattr(cpu_library.torch, "__version__", "0.0")
-    keys.add(cpu_library._key(command))
+    keys = {library._key(command), library._key(["true", "-O2"])}
+    monkeypatch.setattr(library, "_cpu_flags", lambda: "flags: none")
+    keys.add(library._key(command))
+    monkeypatch.setattr(library.torch, "__version__", "0.0")
+    keys.add(library._key(command))
     assert len(keys) == 4
 
 
@@ -91,7 +91,7 @@ def test_processes_that_start_together_build_once() -> None:
     outputs = [run.communicate(timeout=300) for run in runs]
     assert [out.strip() for out, _ in outputs] == ["True"] * 3
     assert sum("compiling" in err for _, err in outputs) == 1
-    assert len(list(cpu_library.cache_dir().glob("*.so"))) == 1
+    assert len(list(library.cache_dir().glob("*.so"))) == 1
 
 
 OPENMP_PROBE = """

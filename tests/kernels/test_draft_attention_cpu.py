@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from heterospec_vllm.kernels import reference
-from heterospec_vllm.kernels.draft_attention_cpu import draft_attention_cpu
+from heterospec_vllm.kernels.cpu.draft_attention import draft_attention_cpu
+from heterospec_vllm.kernels.reference import cpu as reference
 
 pytestmark = pytest.mark.usefixtures("cpu_build")
 

@@ -4,8 +4,8 @@
 import pytest
 import torch
 
-from heterospec_vllm.kernels import reference
-from heterospec_vllm.kernels.gather_rows_cpu import gather_rows_cpu
+from heterospec_vllm.kernels.cpu.gather_rows import gather_rows_cpu
+from heterospec_vllm.kernels.reference import cpu as reference
 
 pytestmark = pytest.mark.usefixtures("cpu_build")
 

@@ -72,7 +72,7 @@ def test_the_suite_runs_on_a_checkout_that_nobody_installed(
     import gpu_check
 
     gpu_check._make_package(tmp_path)
-    where = "import heterospec_vllm.kernels as k, heterospec_vllm.tree as t; print(k.__file__, t.__file__)"
+    where = "import heterospec_vllm.kernels as k, heterospec_vllm.tree.trees as t; print(k.__file__, t.__file__)"
     done = subprocess.run(
         [sys.executable, "-c", where], cwd=tmp_path, text=True, capture_output=True, check=True
     )

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from heterospec_vllm.kernels import reference
-from heterospec_vllm.kernels.head_layer_cpu import HeadLayerWeights, head_layer_cpu
-from heterospec_vllm.kernels.packed_linear_cpu import pack_weight
+from heterospec_vllm.kernels.cpu.head_layer import HeadLayerWeights, head_layer_cpu
+from heterospec_vllm.kernels.cpu.packed_linear import pack_weight
+from heterospec_vllm.kernels.reference import cpu as reference
 
 pytestmark = pytest.mark.usefixtures("cpu_build")
 

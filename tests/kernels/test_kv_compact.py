@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from heterospec_vllm.kernels import kv_compact as ops
+from heterospec_vllm.kernels.gpu import kv_compact as ops
 
 NUM_BLOCKS, NUM_HEADS, BLOCK_SIZE, CHANNELS = 9, 5, 16, 136
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int64]

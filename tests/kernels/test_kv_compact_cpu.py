@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heterospec_vllm.kernels import reference
-from heterospec_vllm.kernels.kv_compact_cpu import kv_compact_cpu
+from heterospec_vllm.kernels.cpu.kv_compact import kv_compact_cpu
+from heterospec_vllm.kernels.reference import cpu as reference
 
 
 def _layers(count: int, dtype: torch.dtype, head_size: int = 64) -> list[torch.Tensor]:

@@ -6,14 +6,14 @@ import math
 import pytest
 import torch
 
-from heterospec_vllm.kernels import reference
-from heterospec_vllm.kernels.packed_linear_cpu import (
+from heterospec_vllm.kernels.cpu.packed_linear import (
     misfit,
     pack_weight,
     packed_linear_cpu,
     size_of,
     unpack_weight,
 )
+from heterospec_vllm.kernels.reference import cpu as reference
 
 pytestmark = pytest.mark.usefixtures("cpu_build")
 

@@ -24,7 +24,7 @@ from strata_mask_inputs import (
     survival_table,
 )
 
-from heterospec_vllm.kernels.strata_mask import StrataMask, StrataTables, strata_mask
+from heterospec_vllm.kernels.gpu.strata_mask import StrataMask, StrataTables, strata_mask
 
 SHAPES = {
     "none": (),
@@ -219,11 +219,12 @@ def test_no_requests_and_no_columns(device: torch.device) -> None:
 
 def test_equals_the_host(device: torch.device) -> None:
     """Strata, survivals, trees and masks are those of the modules that decide on the host (float64 there)."""
-    pytest.importorskip("heterospec_vllm.survival")
-    from heterospec_vllm.strata import DEFAULT_STRATA
-    from heterospec_vllm.survival import KNOTS as HOST_KNOTS
-    from heterospec_vllm.survival import NodeFeatures, SurvivalTables, along_paths
-    from heterospec_vllm.tree import CandidatePool, DraftTrees
+    pytest.importorskip("heterospec_vllm.policy.survival")
+    from heterospec_vllm.policy.strata import DEFAULT_STRATA
+    from heterospec_vllm.policy.survival import KNOTS as HOST_KNOTS
+    from heterospec_vllm.policy.survival import NodeFeatures, SurvivalTables, along_paths
+    from heterospec_vllm.tree.pool import CandidatePool
+    from heterospec_vllm.tree.trees import DraftTrees
 
     drafts = [draft(eagle_parents(8, 3, seed), seed) for seed in range(3)]
     generator = np.random.default_rng(0)

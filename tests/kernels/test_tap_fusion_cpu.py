@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from heterospec_vllm.kernels import reference
-from heterospec_vllm.kernels.packed_linear_cpu import pack_weight
-from heterospec_vllm.kernels.tap_fusion_cpu import misfit, tap_fusion_cpu
+from heterospec_vllm.kernels.cpu.packed_linear import pack_weight
+from heterospec_vllm.kernels.cpu.tap_fusion import misfit, tap_fusion_cpu
+from heterospec_vllm.kernels.reference import cpu as reference
 
 pytestmark = pytest.mark.usefixtures("cpu_build")
 

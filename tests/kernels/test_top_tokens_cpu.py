@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heterospec_vllm.kernels import reference
-from heterospec_vllm.kernels.packed_linear_cpu import pack_weight
-from heterospec_vllm.kernels.top_tokens_cpu import top_tokens_cpu
+from heterospec_vllm.kernels.cpu.packed_linear import pack_weight
+from heterospec_vllm.kernels.cpu.top_tokens import top_tokens_cpu
+from heterospec_vllm.kernels.reference import cpu as reference
 
 pytestmark = pytest.mark.usefixtures("cpu_build")
 

@@ -9,8 +9,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from heterospec_vllm import signals
-from heterospec_vllm.kernels import topk_entropy as ops
+from heterospec_vllm.draft import signals
+from heterospec_vllm.kernels.gpu import topk_entropy as ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Logits are read exactly in every dtype; what differs from float64 is float32 arithmetic: a sum of

@@ -21,8 +21,9 @@ from tree_attention_inputs import (
     star,
 )
 
-from heterospec_vllm.kernels import reference, tree_attention_plan
-from heterospec_vllm.kernels.tree_attention_plan import FP8
+from heterospec_vllm.kernels.gpu import tree_attention_plan
+from heterospec_vllm.kernels.gpu.tree_attention_plan import FP8
+from heterospec_vllm.kernels.reference import cpu as reference
 
 # Scores up to the cap of 5 carry the rounding of 2 sigmoid(2x) - 1: 2^-23 of 5, and weights feel it relatively.
 SOFT_CAP_TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}

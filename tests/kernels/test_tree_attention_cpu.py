@@ -11,8 +11,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from heterospec_vllm.kernels import reference
-from heterospec_vllm.kernels import tree_attention_cpu as kernel
+from heterospec_vllm.kernels.cpu import tree_attention as kernel
+from heterospec_vllm.kernels.reference import cpu as reference
 
 # rtol: one unit in the last place of the output. atol: values are below 4 here; bfloat16 also
 # rounds the softmax weights to 2^-9 (half a unit) before they meet the values, float16 rounds only

@@ -21,9 +21,9 @@ from tree_attention_inputs import (
     star,
 )
 
-from heterospec_vllm.kernels import tree_attention as launcher
-from heterospec_vllm.kernels.tree_attention import tree_attention
-from heterospec_vllm.kernels.tree_attention_plan import (
+from heterospec_vllm.kernels.gpu import tree_attention as launcher
+from heterospec_vllm.kernels.gpu.tree_attention import tree_attention
+from heterospec_vllm.kernels.gpu.tree_attention_plan import (
     FP8,
     TreeAttentionPlan,
     splits_for,

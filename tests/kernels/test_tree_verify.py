@@ -15,11 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from heterospec_vllm.kernels import tree_verify as kernel
-from heterospec_vllm.kernels import tree_verify_reference as reference
-from heterospec_vllm.kernels.tree_verify_reference import SamplingKeys, TreeBatch, TreeWalks
-from heterospec_vllm.tree import DraftTrees
-from heterospec_vllm.verify import walk
+from heterospec_vllm.kernels.gpu import tree_verify as kernel
+from heterospec_vllm.kernels.reference.cpu import tree_verify as reference
+from heterospec_vllm.kernels.reference.tree_verify import SamplingKeys, TreeBatch, TreeWalks
+from heterospec_vllm.tree.trees import DraftTrees
+from heterospec_vllm.verify.walk import walk
 
 pytestmark = pytest.mark.usefixtures("poisoned_scratch")
 NAN = math.nan

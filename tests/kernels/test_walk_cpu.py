@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heterospec_vllm.kernels import reference
-from heterospec_vllm.kernels.walk_cpu import walk_cpu
+from heterospec_vllm.kernels.cpu.walk import walk_cpu
+from heterospec_vllm.kernels.reference import cpu as reference
 
 pytestmark = pytest.mark.usefixtures("cpu_build")
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from heterospec_vllm.kernels.tree_attention import tree_attention
-from heterospec_vllm.kernels.tree_attention_plan import TreeAttentionPlan
-from heterospec_vllm.kernels.tree_attention_reference import tree_attention_reference
+from heterospec_vllm.kernels.gpu.tree_attention import tree_attention
+from heterospec_vllm.kernels.gpu.tree_attention_plan import TreeAttentionPlan
+from heterospec_vllm.kernels.reference.tree_attention import tree_attention_reference
 
 # rtol: one unit in the last place of the output (the interpreter truncates, a GPU rounds). atol: values are below 4
 # here; on a GPU bfloat16 and float16 also round each softmax weight by half a unit before it meets the values, float32

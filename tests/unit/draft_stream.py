@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from heterospec_vllm.signals import top_k_entropy
-from heterospec_vllm.strata import DEFAULT_STRATA
-from heterospec_vllm.survival import NodeFeatures
+from heterospec_vllm.draft.signals import top_k_entropy
+from heterospec_vllm.policy.strata import DEFAULT_STRATA
+from heterospec_vllm.policy.survival import NodeFeatures
 
 TOP_K, DEPTH, NODES = 8, 4, 6
 # (probabilities of a node's children, their depth, their stratum) -> how often the target takes each

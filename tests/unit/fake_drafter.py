@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from heterospec_vllm import row_loops
-from heterospec_vllm.cost import ROW_KNOTS, TOKEN_KNOTS, CostTable, StepCosts
-from heterospec_vllm.growth import Parents, children_of, level_of
-from heterospec_vllm.policies import Batch, DraftPolicy
-from heterospec_vllm.tree import CandidatePool, DraftTrees
+from heterospec_vllm.draft.growth import Parents, children_of, frontier, level_of
+from heterospec_vllm.policy.base import Batch, DraftPolicy
+from heterospec_vllm.policy.cost import ROW_KNOTS, TOKEN_KNOTS, CostTable, StepCosts
+from heterospec_vllm.tree.pool import CandidatePool
+from heterospec_vllm.tree.trees import DraftTrees
 
 # (request, depth of the children) -> [top_k] probabilities of a node's children, falling
 Head = Callable[[int, int], np.ndarray]
@@ -72,9 +72,7 @@ def packed(
     """The chosen candidates of a level as parents of the next one, and their rows in the head's batch."""
     no_tail = np.zeros((rows.max() + 1, 0), dtype=np.int32)
     columns = pool.tokens, pool.log_probs, pool.survivals, pool.entropies, pool.strata
-    *of_parents, own, _, _, _, _, _ = row_loops.frontier(
-        chosen, rows, *columns, first_column, no_tail, 0
-    )
+    *of_parents, own, _, _, _, _, _ = frontier(chosen, rows, *columns, first_column, no_tail, 0)
     return Parents(*of_parents), own
 
 

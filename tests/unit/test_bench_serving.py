@@ -24,7 +24,7 @@ from heterospec_vllm.bench import serving
 from heterospec_vllm.bench.rows import Cell
 from heterospec_vllm.bench.serving import ServedRun, ServedSystem, counters_of
 from heterospec_vllm.bench.serving_client import client_timeout, serving_of, write_dataset
-from heterospec_vllm.demo_server import ServerFailed, VllmServer, free_port
+from heterospec_vllm.demo.server import ServerFailed, VllmServer, free_port
 
 LIMITS = {"ttft": 500.0, "tpot": 40.5}
 
@@ -345,7 +345,7 @@ from pathlib import Path
 from rich.console import Console
 from heterospec_vllm.bench.rows import Cell
 from heterospec_vllm.bench.serving import ServedSystem
-from heterospec_vllm.demo_server import VllmServer
+from heterospec_vllm.demo.server import VllmServer
 VllmServer.launcher = (sys.executable, {str(scripts / "server.py")!r})
 ServedSystem.client = (sys.executable, {str(scripts / "client.py")!r})
 system = ServedSystem("a plain", "plain", folder=Path({str(scripts / "out")!r}), max_model_len=64,

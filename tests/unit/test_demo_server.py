@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from heterospec_vllm import demo_server
 from heterospec_vllm.cli import demo
-from heterospec_vllm.demo_server import ServerFailed, SpecDecodeCounters, VllmServer, free_port
+from heterospec_vllm.demo import server as demo_server
+from heterospec_vllm.demo.server import ServerFailed, SpecDecodeCounters, VllmServer, free_port
 
 FAKE_SERVER = '''
 import os, signal, subprocess, sys, time
@@ -168,7 +168,7 @@ def test_interrupted_demo_ends_its_server(
     code = (
         "import sys\n"
         "from heterospec_vllm.cli.main import app\n"
-        "from heterospec_vllm.demo_server import VllmServer\n"
+        "from heterospec_vllm.demo.server import VllmServer\n"
         f"VllmServer.launcher = (sys.executable, {str(tmp_path / 'fake_server.py')!r})\n"
         "app(['demo', '--target', 'hangs', '--speculative-config', '{}'])"
     )

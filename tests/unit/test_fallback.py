@@ -4,7 +4,7 @@
 import pytest
 from vllm import SamplingParams
 
-from heterospec_vllm.fallback import is_worth_drafting
+from heterospec_vllm.engine.fallback import is_worth_drafting
 
 
 def params(eos: int | None = 2, **given) -> SamplingParams:

@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from heterospec_vllm import fused_head, packed_linears
-from heterospec_vllm.kernels import reference
-from heterospec_vllm.kernels.head_layer_cpu import HeadLayerWeights
-from heterospec_vllm.kernels.packed_linear_cpu import pack_weight, unpack_weight
+from heterospec_vllm.draft import fused_head
+from heterospec_vllm.kernels.cpu.head_layer import HeadLayerWeights
+from heterospec_vllm.kernels.cpu.packed_linear import pack_weight, unpack_weight
+from heterospec_vllm.kernels.reference import cpu as reference
+from heterospec_vllm.layers import linears_cpu
 
 HIDDEN = 64
 
@@ -43,7 +44,7 @@ def test_a_packed_weight_is_read_back_exactly(dtype: torch.dtype) -> None:
 
 def test_a_weight_of_our_products_is_taken_as_it_is() -> None:
     packed = torch.nn.Parameter(pack_weight(torch.randn(48, HIDDEN)), requires_grad=False)
-    linear = SimpleNamespace(weight=packed, cpu_linear=packed_linears._packed_linear)
+    linear = SimpleNamespace(weight=packed, cpu_linear=linears_cpu._packed_linear)
     got = fused_head._packed_weight(linear, HIDDEN, torch.float32)
     assert got.data_ptr() == packed.data_ptr()
 

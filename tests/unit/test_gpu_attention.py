@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from heterospec_vllm.attention import gpu
-from heterospec_vllm.attention.gpu import TreeImpl, TreeMetadata
+from heterospec_vllm.layers import attention_gpu
+from heterospec_vllm.layers.attention_gpu import TreeImpl, TreeMetadata
 
 
 class Base:
@@ -40,7 +40,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
     """(rows, checked) of each call of the kernel."""
     found: list[tuple[int, bool]] = []
     monkeypatch.setattr(
-        gpu,
+        attention_gpu,
         "tree_attention",
         lambda query, *_, checked, **__: found.append((query.shape[0], checked)),
     )
@@ -66,7 +66,7 @@ def test_a_refused_layer_is_checked_again(monkeypatch: pytest.MonkeyPatch) -> No
     def refuse(*_: Any, **__: Any) -> None:
         raise ValueError("tree_attention: query.dtype")
 
-    monkeypatch.setattr(gpu, "tree_attention", refuse)
+    monkeypatch.setattr(attention_gpu, "tree_attention", refuse)
     step = metadata(rest=None)
     with pytest.raises(ValueError, match="query.dtype"):
         forward(Impl(), step)

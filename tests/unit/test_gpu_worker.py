@@ -11,10 +11,10 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker import gpu_worker as theirs
 
-from heterospec_vllm import compat, wraps
-from heterospec_vllm.attention.flash import HeteroSpecFlashBackend
-from heterospec_vllm.attention.gpu import TreeBuilder, TreeImpl
-from heterospec_vllm.attention.triton import HeteroSpecTritonBackend
+from heterospec_vllm.layers.attention_flash import HeteroSpecFlashBackend
+from heterospec_vllm.layers.attention_gpu import TreeBuilder, TreeImpl
+from heterospec_vllm.layers.attention_triton import HeteroSpecTritonBackend
+from heterospec_vllm.plugin import compat, wraps
 from heterospec_vllm.runners import gpu_worker, v2
 from heterospec_vllm.runners.worker_calls import WorkerCalls
 

@@ -26,10 +26,10 @@ from heterospec_vllm.bench.growth_points import (
     tree_bounds,
     why_left_out,
 )
-from heterospec_vllm.growth import Parents, children_of, level_of
-from heterospec_vllm.policies import Batch, DraftPolicy
-from heterospec_vllm.policy import TreeShape
-from heterospec_vllm.tree import CandidatePool
+from heterospec_vllm.draft.growth import Parents, children_of, level_of
+from heterospec_vllm.policy.base import Batch, DraftPolicy
+from heterospec_vllm.policy.decisions import TreeShape
+from heterospec_vllm.tree.pool import CandidatePool
 
 ENVIRONMENT = rows.Environment(commit="c", versions={}, machine="m", threads="", command="test")
 SMALL = GrowthSpec(

@@ -8,10 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heterospec_vllm import level_loops, row_loops, tree_loops
-from heterospec_vllm.compiled import NO_ROW
-from heterospec_vllm.survival import KNOTS, NodeFeatures, SurvivalTables, along_paths
-from heterospec_vllm.tree import DraftTrees
+from heterospec_vllm.arrays import NO_ROW
+from heterospec_vllm.draft.growth import children, frontier, level_positions
+from heterospec_vllm.draft.true_tokens import firsts_and_context, true_blocks, true_rows
+from heterospec_vllm.engine.step import prompt_left, walked_rows
+from heterospec_vllm.policy.decisions import inherit, within
+from heterospec_vllm.policy.survival import KNOTS, NodeFeatures, SurvivalTables, along_paths
+from heterospec_vllm.tree.outcomes import outcomes, tally
+from heterospec_vllm.tree.pool import ranked
+from heterospec_vllm.tree.trees import DraftTrees, chains
 
 few = settings(max_examples=40, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
@@ -52,7 +57,7 @@ def test_children(seed: int, num_reqs: int, width: int, top_k: int) -> None:
     entropies = rng.random((num_reqs, width)).astype(np.float32)
     survivals = rng.random((num_reqs, width))
     edges = np.array([0.3, 0.9, 1.5])
-    got = level_loops.children(columns, log_probs, entropies, survivals, rows, tokens, local, edges)
+    got = children(columns, log_probs, entropies, survivals, rows, tokens, local, edges)
     got = [values.reshape(num_reqs, width, top_k) for values in got]
     with np.errstate(invalid="ignore", divide="ignore"):
         p = np.exp(local - np.maximum(local.max(axis=1, keepdims=True), -1e30))
@@ -110,7 +115,7 @@ def test_frontier(seed: int, num_reqs: int, width: int, top_k: int) -> None:
     log_probs, entropies = (rng.random(chosen.shape, np.float32) for _ in range(2))
     survivals, strata = rng.random(chosen.shape), rng.integers(0, 8, chosen.shape)
     tail = rng.integers(0, 99, (50, 2)).astype(np.int32)
-    columns, *of_parents, own, reqs, parents, node_tokens, start, new_tail = row_loops.frontier(
+    columns, *of_parents, own, reqs, parents, node_tokens, start, new_tail = frontier(
         chosen, rows, tokens, log_probs, survivals, entropies, strata, 11, tail, 7
     )
     at = np.argwhere(chosen)
@@ -139,14 +144,14 @@ def test_true_rows(seed: int, counts: list[int], block_size: int) -> None:
     table = rng.integers(0, 99, (len(counts), 13)).astype(np.int32)
     token_ids = rng.integers(0, 99, positions.size).astype(np.int32)
     nexts = rng.integers(0, 99, len(counts)).astype(np.int32)
-    start, context_lens, before, slots, following, seq_lens = row_loops.true_rows(
+    start, context_lens, before, slots, following, seq_lens = true_rows(
         np.array(counts), positions, table[:, :12], block_size, token_ids, nexts
     )
     expected = np.roll(token_ids, -1)
     expected[start[1:] - 1] = nexts
     np.testing.assert_array_equal(following, expected)
     np.testing.assert_array_equal(seq_lens, first + counts)
-    blocks = row_loops.true_blocks(np.array(counts), positions, table[:, :12], block_size)
+    blocks = true_blocks(np.array(counts), positions, table[:, :12], block_size)
     np.testing.assert_array_equal(blocks, slots // block_size)
     np.testing.assert_array_equal(np.diff(start), counts)
     np.testing.assert_array_equal(context_lens, first)
@@ -167,7 +172,7 @@ def test_within(seed: int, num_reqs: int, width: int, wanted: int) -> None:
     survivals[np.arange(width) >= present[:, None]] = 0.0
     limits = rng.integers(0, 9, num_reqs)
     want = np.minimum(np.minimum(limits, wanted), present)
-    np.testing.assert_array_equal(level_loops.within(survivals, limits, wanted), want)
+    np.testing.assert_array_equal(within(survivals, limits, wanted), want)
 
 
 @few
@@ -188,7 +193,7 @@ def test_walked_rows(seed: int, chunks: list[int]) -> None:
     for req, path in enumerate(paths):
         rows[req, : path.size] = path
         expected += [*range(starts[req], roots[req]), *(roots[req] + path).tolist()]
-    got, num_tokens = row_loops.walked_rows(starts, roots, rows, emitted)
+    got, num_tokens = walked_rows(starts, roots, rows, emitted)
     assert got.tolist() == expected
     np.testing.assert_array_equal(num_tokens, chunks + emitted)
 
@@ -199,14 +204,14 @@ def test_prompt_left(seed: int, num_reqs: int) -> None:
     rng = np.random.default_rng(seed)
     prompts, computed = rng.integers(1, 50, (2, num_reqs)).astype(np.int32)
     starts = np.cumsum([0, *rng.integers(0, 9, num_reqs), 7]).astype(np.int32)
-    got = row_loops.prompt_left(prompts, np.append(computed, np.int32(99)), starts)
+    got = prompt_left(prompts, np.append(computed, np.int32(99)), starts)
     done = computed + np.diff(starts)[:num_reqs]
     np.testing.assert_array_equal(got, np.maximum(0, prompts - done))
     assert got.dtype == np.int64
 
 
 def test_positions_end_at_the_models_length() -> None:
-    got = row_loops.level_positions(np.array([5, 98]), np.array([0, 1, 1]), 2, 99)
+    got = level_positions(np.array([5, 98]), np.array([0, 1, 1]), 2, 99)
     assert got.tolist() == [7, 99, 99]
 
 
@@ -220,7 +225,7 @@ def test_children_inherit_by_the_weight_of_their_parents(seed: int) -> None:
     strata, survivals = rng.integers(0, 8, (2, 4)), rng.random((2, 4))
     survivals[0, 1] = 0
     children = rng.random((2, 4, 3)) * survivals[..., None]
-    level_loops.inherit(continuation, temperatures, 2, strata, survivals, children)
+    inherit(continuation, temperatures, 2, strata, survivals, children)
     expected = before.copy()
     for t in range(2):
         for s in range(8):
@@ -321,7 +326,7 @@ def test_outcomes_and_tally(seed: int, num_reqs: int, width: int) -> None:
                 break
             visited[req, depth] = rng.choice(below)
     temperatures = rng.integers(0, 2, num_reqs)
-    found = tree_loops.outcomes(
+    found = outcomes(
         trees.log_probs, trees.depths, trees.strata, trees.num_nodes, visited, temperatures
     )
     real = np.arange(trees.max_nodes) < trees.num_nodes[:, None]
@@ -336,7 +341,7 @@ def test_outcomes_and_tally(seed: int, num_reqs: int, width: int) -> None:
     )
     for got, want in zip(found, expected, strict=True):
         np.testing.assert_array_equal(got, want)
-    by_stratum, by_depth, others, num_trees, branches = tree_loops.tally(
+    by_stratum, by_depth, others, num_trees, branches = tally(
         trees.parents, trees.depths, trees.ranks, trees.num_nodes, trees.strata, visited, 8
     )
     np.testing.assert_array_equal(by_stratum[0], np.bincount(trees.strata[real], minlength=8))
@@ -351,7 +356,7 @@ def test_outcomes_and_tally(seed: int, num_reqs: int, width: int) -> None:
 def test_other_types_are_refused() -> None:
     """An argument of another type would be compiled for in the middle of a step."""
     with pytest.raises(TypeError):
-        tree_loops.chains(np.zeros((1, 2), np.int32), np.zeros(1, np.int64))
+        chains(np.zeros((1, 2), np.int32), np.zeros(1, np.int64))
 
 
 def test_vllm_can_look_at_every_module_beside_numba() -> None:
@@ -373,7 +378,7 @@ def test_ranked(seed: int, num_reqs: int, pool_size: int, width: int) -> None:
     choices = np.array([np.nan, -0.5, 0.0, 0.2, 0.5, 0.9])
     survivals = rng.choice(choices, (num_reqs, pool_size))
     width = min(width, pool_size)
-    columns, best, present = tree_loops.ranked(survivals, width)
+    columns, best, present = ranked(survivals, width)
     assert present == (survivals > 0).sum()
     key = -np.fmax(survivals, 0.0)
     want = np.argsort(key, axis=1, kind="stable")[:, :width]
@@ -386,6 +391,6 @@ def test_ranked(seed: int, num_reqs: int, pool_size: int, width: int) -> None:
 def test_firsts_and_context(spans: list[tuple[int, int]]) -> None:
     num_tokens = np.array([count for _, count in spans], dtype=np.int64)
     positions = [first + i for first, count in spans for i in range(count)]
-    firsts, context = row_loops.firsts_and_context(num_tokens, np.array(positions, dtype=np.int64))
+    firsts, context = firsts_and_context(num_tokens, np.array(positions, dtype=np.int64))
     assert firsts.tolist() == [first for first, _ in spans]
     assert context == sum(first + count - 1 for first, count in spans)

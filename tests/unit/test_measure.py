@@ -3,7 +3,7 @@
 
 import pytest
 
-from heterospec_vllm.cost import TOKEN_KNOTS, table_from_samples
+from heterospec_vllm.policy.cost import TOKEN_KNOTS, table_from_samples
 from heterospec_vllm.runners import measure
 
 

@@ -19,10 +19,10 @@ pytest.importorskip("prometheus_client")
 import prometheus_client
 from prometheus_client.parser import text_string_to_metric_families
 
-from heterospec_vllm import metrics_file
 from heterospec_vllm.config import HeteroSpecConfig, allowed_values
-from heterospec_vllm.metrics import STEP_PARTS, StepCounters
-from heterospec_vllm.metrics_file import (
+from heterospec_vllm.observe import metrics_file
+from heterospec_vllm.observe.counters import STEP_PARTS, StepCounters
+from heterospec_vllm.observe.metrics_file import (
     FALLBACK_REASONS,
     MAX_DEPTH,
     METRICS,
@@ -41,8 +41,8 @@ HEADER_SIZE = 16  # two slots of one size follow
 WRITER = """
 import sys, threading
 from pathlib import Path
-from heterospec_vllm.metrics import StepCounters
-from heterospec_vllm.metrics_file import MetricsFile
+from heterospec_vllm.observe.counters import StepCounters
+from heterospec_vllm.observe.metrics_file import MetricsFile
 
 file, counters = MetricsFile(Path(sys.argv[1])), StepCounters()
 stopped = threading.Event()
@@ -60,7 +60,7 @@ print(counters.steps)
 # The file outlives a forked child that runs its exit handlers, and ends with its creator.
 CREATOR = """
 import os, sys
-from heterospec_vllm.metrics_file import new_metrics_file
+from heterospec_vllm.observe.metrics_file import new_metrics_file
 
 path = new_metrics_file()
 child = os.fork()
@@ -159,7 +159,7 @@ def test_label_values_are_complete() -> None:
     package = ROOT / "heterospec_vllm"
     returned = {
         node.value.value
-        for node in ast.walk(ast.parse((package / "fallback.py").read_text()))
+        for node in ast.walk(ast.parse((package / "engine" / "fallback.py").read_text()))
         if isinstance(node, ast.Return)
         and isinstance(node.value, ast.Constant)
         and isinstance(node.value.value, str)
@@ -331,7 +331,7 @@ def test_file_is_private_and_ends_with_its_creator(path: Path) -> None:
 
 def test_import_is_light() -> None:
     code = (
-        "import sys, heterospec_vllm.metrics_file\n"
+        "import sys, heterospec_vllm.observe.metrics_file\n"
         "heavy = {'prometheus_client', 'torch', 'vllm'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

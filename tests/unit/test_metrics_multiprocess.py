@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from heterospec_vllm.metrics_file import METRICS
-from heterospec_vllm.metrics_multiprocess import open_multiprocess_metrics
+from heterospec_vllm.observe.metrics_file import METRICS
+from heterospec_vllm.observe.metrics_multiprocess import open_multiprocess_metrics
 
 WORKER = """
-from heterospec_vllm.metrics import StepCounters
-from heterospec_vllm.metrics_multiprocess import open_multiprocess_metrics
+from heterospec_vllm.observe.counters import StepCounters
+from heterospec_vllm.observe.metrics_multiprocess import open_multiprocess_metrics
 metrics = open_multiprocess_metrics()
 counters = StepCounters()
 counters.steps, counters.budget = 3, 9

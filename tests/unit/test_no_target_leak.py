@@ -6,12 +6,12 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
-from heterospec_vllm.controller import Controller
-from heterospec_vllm.policies import Batch, DraftPolicy, Level
-from heterospec_vllm.policy import TreeShape
-from heterospec_vllm.survival import NodeFeatures
-from heterospec_vllm.tree import DraftTrees
-from heterospec_vllm.verify import walk
+from heterospec_vllm.engine.controller import Controller
+from heterospec_vllm.policy.base import Batch, DraftPolicy, Level
+from heterospec_vllm.policy.decisions import TreeShape
+from heterospec_vllm.policy.survival import NodeFeatures
+from heterospec_vllm.tree.trees import DraftTrees
+from heterospec_vllm.verify.walk import walk
 
 
 class Listener(DraftPolicy):

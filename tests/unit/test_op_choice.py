@@ -4,11 +4,12 @@
 import pytest
 import torch
 
-from heterospec_vllm import tree_loops
-from heterospec_vllm.attention import op_choice
-from heterospec_vllm.attention.op_choice import DECODES, PROMPTS, OpChoice, choose_op
-from heterospec_vllm.attention.op_timing import Case, Heads, Timing, build_calls
-from heterospec_vllm.kernels import tree_attention_cpu as kernel
+from heterospec_vllm.kernels.cpu import tree_attention as kernel
+from heterospec_vllm.layers import op_choice
+from heterospec_vllm.layers.op_choice import DECODES, PROMPTS, OpChoice, choose_op
+from heterospec_vllm.layers.op_timing import Case, Heads, Timing, build_calls
+from heterospec_vllm.tree import trees as tree_trees
+from heterospec_vllm.tree.rows import place_rows
 
 HEADS = Heads(4, 2, 64)
 needs_kernel = pytest.mark.skipif(not kernel.is_available(), reason="needs a C++ compiler")
@@ -47,12 +48,12 @@ def test_text_in_pieces_is_what_vllm_computes(rows: int, context: int) -> None:
 @needs_kernel
 def test_a_wrong_mask_is_noticed(monkeypatch) -> None:
     """The comparison above can fail."""
-    right = tree_loops.place
+    right = place_rows
 
     def blind(*args):
         positions, starts, seq_lens, masks, reqs = right(*args)
         return positions, starts, seq_lens, masks & -2, reqs  # nobody sees a piece's first row
 
-    monkeypatch.setattr(tree_loops, "place", blind)
+    monkeypatch.setattr(tree_trees, "place_rows", blind)
     with pytest.raises(AssertionError):
         build_calls(Case(0, 40, 1), HEADS, torch.float32, piece_rows=32, copies=1, check=True)

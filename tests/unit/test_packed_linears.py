@@ -11,10 +11,10 @@ pytest.importorskip("vllm")
 
 from vllm.model_executor.layers import utils
 
-from heterospec_vllm import packed_linears
-from heterospec_vllm.kernels import packed_linear_cpu
-from heterospec_vllm.kernels import tree_attention_cpu as kernel
-from heterospec_vllm.packed_linears import DISPATCH
+from heterospec_vllm.kernels.cpu import packed_linear
+from heterospec_vllm.kernels.cpu import tree_attention as kernel
+from heterospec_vllm.layers import linears_cpu
+from heterospec_vllm.layers.linears_cpu import DISPATCH
 
 pytestmark = pytest.mark.skipif(not kernel.is_available(), reason="needs a C++ compiler")
 
@@ -24,7 +24,7 @@ def isa(monkeypatch: pytest.MonkeyPatch):
     """Sets what the kernels say they were built for."""
 
     def named(name: str) -> None:
-        monkeypatch.setattr(packed_linears, "instruction_set", lambda: name)
+        monkeypatch.setattr(linears_cpu, "instruction_set", lambda: name)
 
     named("avx2")
     return named
@@ -67,9 +67,9 @@ def test_computes_the_layer(isa, theirs, shape, bias, remove_weight) -> None:
 @torch.no_grad()
 def test_an_embedding_keeps_its_weight_and_is_packed_when_used(isa, theirs, monkeypatch) -> None:
     packs = []
-    pack = packed_linears.packed_linear_cpu.pack_weight
+    pack = linears_cpu.packed_linear.pack_weight
     monkeypatch.setattr(
-        packed_linears.packed_linear_cpu, "pack_weight", lambda w: packs.append(1) or pack(w)
+        linears_cpu.packed_linear, "pack_weight", lambda w: packs.append(1) or pack(w)
     )
     layer = dispatched(remove_weight=False)
     assert layer.weight.shape == (48, 32) and not packs
@@ -114,7 +114,7 @@ def test_only_where_it_was_measured_to_be_faster(isa, theirs, name, dtype, ours)
 def test_what_does_not_fit_is_left_to_vllm(isa, theirs, monkeypatch) -> None:
     odd, remove = dispatched(columns=40), dispatched(remove_weight=False, depth=8)
     assert theirs == [(odd, True), (remove, False)]
-    monkeypatch.setattr(packed_linears, "unavailable_reason", lambda: "no compiler")
+    monkeypatch.setattr(linears_cpu, "unavailable_reason", lambda: "no compiler")
     dispatched()
     assert len(theirs) == 3
 
@@ -130,20 +130,20 @@ def test_nothing_stays_wrapped() -> None:
 @torch.no_grad()
 def test_the_operator_is_the_launcher(dtype) -> None:
     """What a compiled graph calls, in C++, passes on the same arguments."""
-    packed_linears._implement_op()
-    packed = packed_linear_cpu.pack_weight(torch.randn(48, 32).to(dtype))
+    linears_cpu._implement_op()
+    packed = packed_linear.pack_weight(torch.randn(48, 32).to(dtype))
     bias, wide = torch.randn(48).to(dtype), torch.randn(7, 80).to(dtype)
     for rows in (wide[:, 16:48], wide[:1, :32], wide[:0, :32]):
         for given in (None, bias):
             got = torch.ops.heterospec.packed_linear(rows, packed, given)
-            assert torch.equal(got, packed_linear_cpu.packed_linear_cpu(rows, packed, given))
+            assert torch.equal(got, packed_linear.packed_linear_cpu(rows, packed, given))
 
 
 @torch.no_grad()
 def test_the_operator_refuses_what_does_not_fit() -> None:
-    packed_linears._implement_op()
+    linears_cpu._implement_op()
     operator = torch.ops.heterospec.packed_linear
-    packed, rows = packed_linear_cpu.pack_weight(torch.zeros(48, 32)), torch.zeros(2, 32)
+    packed, rows = packed_linear.pack_weight(torch.zeros(48, 32)), torch.zeros(2, 32)
     for wrong in (
         (rows.bfloat16(), packed, None),
         (rows[:, :16], packed, None),
@@ -157,12 +157,12 @@ def test_the_operator_refuses_what_does_not_fit() -> None:
 
 WITHOUT_OPERATORS = """
 import torch
-from heterospec_vllm import packed_linears
-from heterospec_vllm.kernels.packed_linear_cpu import pack_weight
+from heterospec_vllm.layers import linears_cpu
+from heterospec_vllm.kernels.cpu.packed_linear import pack_weight
 def unavailable():
-    raise packed_linears.LibraryUnavailable("no headers")
-packed_linears.load_torch_ops = unavailable
-packed_linears._implement_op()
+    raise linears_cpu.LibraryUnavailable("no headers")
+linears_cpu.load_torch_ops = unavailable
+linears_cpu._implement_op()
 rows, weight = torch.randn(3, 32), torch.randn(48, 32)
 torch.testing.assert_close(torch.ops.heterospec.packed_linear(rows, pack_weight(weight), None), rows @ weight.T)
 """

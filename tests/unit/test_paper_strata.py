@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from heterospec_vllm.config import HeteroSpecConfig
-from heterospec_vllm.marginal import make_policy
-from heterospec_vllm.policies import PaperPolicy
-from heterospec_vllm.profile import load_profile
-from heterospec_vllm.strata import DEFAULT_STRATA
+from heterospec_vllm.engine.make_policy import make_policy
+from heterospec_vllm.policy.paper import PaperPolicy
+from heterospec_vllm.policy.profile import load_profile
+from heterospec_vllm.policy.strata import DEFAULT_STRATA
 
 SHIPPED = Path(__file__).parents[2] / "configs" / "profiles" / "smollm2-135m.json"
 

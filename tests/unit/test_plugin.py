@@ -10,8 +10,8 @@ import pytest
 pytest.importorskip("vllm")
 
 from heterospec_vllm import plugin
-from heterospec_vllm.compat import TESTED_VERSIONS, version_reason, vllm_version
-from heterospec_vllm.wraps import WRAPS
+from heterospec_vllm.plugin.compat import TESTED_VERSIONS, version_reason, vllm_version
+from heterospec_vllm.plugin.wraps import WRAPS
 
 
 def test_entry_point_is_installed() -> None:

@@ -7,11 +7,12 @@ from fake_drafter import Drafted, batch_of, depths_of, draft, step_costs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heterospec_vllm.cost import TOKEN_KNOTS, CostTable
-from heterospec_vllm.marginal import MarginalPolicy
-from heterospec_vllm.policies import DraftPolicy, PaperPolicy, PlainPolicy
-from heterospec_vllm.policy import TreeShape, tree_shape
-from heterospec_vllm.survival import NodeFeatures
+from heterospec_vllm.policy.base import DraftPolicy, PlainPolicy
+from heterospec_vllm.policy.cost import TOKEN_KNOTS, CostTable
+from heterospec_vllm.policy.decisions import TreeShape, tree_shape
+from heterospec_vllm.policy.marginal import MarginalPolicy
+from heterospec_vllm.policy.paper import PaperPolicy
+from heterospec_vllm.policy.survival import NodeFeatures
 
 few = settings(max_examples=40, deadline=None)
 SHAPE = TreeShape(num_nodes=16, max_depth=6, top_k=4)

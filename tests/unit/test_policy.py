@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heterospec_vllm.policy import (
+from heterospec_vllm.policy.decisions import (
     choose_nodes,
     expected_rate,
     hysteresis,
     in_beam,
     nodes_worth_expanding,
-    paper_action,
     tree_shape,
 )
+from heterospec_vllm.policy.paper import paper_action
 
 few = settings(max_examples=60, deadline=None)
 seeds = st.integers(0, 2**32 - 1)

@@ -3,6 +3,7 @@
 
 import copy
 import json
+import platform
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,19 +14,22 @@ import pytest
 from fake_drafter import step_costs
 from safetensors.numpy import save_file
 
-from heterospec_vllm import profile as profiles
+from heterospec_vllm import machine
 from heterospec_vllm.config import METHOD, ConfigSource, HeteroSpecConfig, parse
-from heterospec_vllm.marginal import MarginalPolicy, make_policy
-from heterospec_vllm.policies import DraftPolicy, PaperPolicy, PlainPolicy
-from heterospec_vllm.profile import (
+from heterospec_vllm.engine.make_policy import make_policy
+from heterospec_vllm.machine import machine_name
+from heterospec_vllm.policy import profile as profiles
+from heterospec_vllm.policy.base import DraftPolicy, PlainPolicy
+from heterospec_vllm.policy.marginal import MarginalPolicy
+from heterospec_vllm.policy.paper import PaperPolicy
+from heterospec_vllm.policy.profile import (
     Profile,
     fingerprint,
     load_profile,
-    machine_name,
     misfit_reason,
     shipped_profile,
 )
-from heterospec_vllm.survival import SHAPE, NodeFeatures
+from heterospec_vllm.policy.survival import SHAPE, NodeFeatures
 
 SURVIVALS = np.round(np.broadcast_to(np.linspace(0.01, 0.9, SHAPE[-1]), SHAPE), 3)
 
@@ -217,7 +221,6 @@ def test_a_shipped_profile_is_found_by_its_pair(
     shipped = tmp_path / "profiles"
     shipped.mkdir()
     monkeypatch.setattr(profiles, "SHIPPED", shipped)
-    monkeypatch.setattr(profiles, "_SHIPPED_IN_CHECKOUT", tmp_path / "none")
     target, head = weights(tmp_path / "target", 1.0), weights(tmp_path / "head", 2.0)
     (shipped / "a-broken.json").write_text("{")
     Profile.model_validate(content()).save(shipped / "b-other.json")
@@ -252,8 +255,8 @@ def test_machines_named_alike_differ_by_generation_and_instructions(
     monkeypatch: pytest.MonkeyPatch, cpuinfo: str, name: str
 ) -> None:
     monkeypatch.setattr(Path, "read_text", lambda self: cpuinfo)
-    monkeypatch.setattr(profiles.platform, "processor", lambda: "ours")
-    assert profiles._processor() == name
+    monkeypatch.setattr(platform, "processor", lambda: "ours")
+    assert machine._processor() == name
 
 
 def test_costs_belong_to_a_machine_and_a_dtype() -> None:

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from fake_drafter import step_costs
 
-from heterospec_vllm.marginal import MarginalPolicy
-from heterospec_vllm.policy import TreeShape
+from heterospec_vllm.policy.decisions import TreeShape
+from heterospec_vllm.policy.marginal import MarginalPolicy
 
 SHAPE = TreeShape(num_nodes=16, max_depth=6, top_k=4)
 

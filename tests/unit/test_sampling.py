@@ -12,10 +12,10 @@ from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
-from heterospec_vllm import scorer as scorer_module
-from heterospec_vllm.kernels.tree_attention_cpu import is_available
-from heterospec_vllm.scorer import TreeScorer, draws_as_vllm, is_plain
-from heterospec_vllm.tree import DraftTrees
+from heterospec_vllm.kernels.cpu.tree_attention import is_available
+from heterospec_vllm.tree.trees import DraftTrees
+from heterospec_vllm.verify import scorer_v1 as scorer_module
+from heterospec_vllm.verify.scorer_v1 import TreeScorer, draws_as_vllm, is_plain
 
 pytestmark = pytest.mark.skipif(
     not (current_platform.is_cpu() and is_available()), reason="the kernel is a CPU's"

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heterospec_vllm.signals import meta_path_end, top_k_entropy
-from heterospec_vllm.strata import DEFAULT_STRATA, NUM_STRATA, Strata, fit_edges
+from heterospec_vllm.draft.signals import meta_path_end, top_k_entropy
+from heterospec_vllm.policy.strata import DEFAULT_STRATA, NUM_STRATA, Strata, fit_edges
 
 few = settings(max_examples=60, deadline=None)
 

@@ -5,7 +5,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from heterospec_vllm.speculator import rows_by_request
+from heterospec_vllm.draft.eagle_v2 import rows_by_request
 
 
 @st.composite

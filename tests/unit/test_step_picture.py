@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from heterospec_vllm import step_picture
-from heterospec_vllm.steps import Node, Step
+from heterospec_vllm.observe import step_picture
+from heterospec_vllm.observe.steps import Node, Step
 
 # column: (parent, rank, state); 4 and 5 are dim, and 5 is too far down its parent's list to be drawn
 TREE = {

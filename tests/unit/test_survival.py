@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import isotonic_regression
 
-from heterospec_vllm.survival import (
+from heterospec_vllm.policy.survival import (
     KNOTS,
     MAX_DEPTH,
     SHAPE,

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from heterospec_vllm.policies import Cycle
-from heterospec_vllm.switch import FEWEST, MOST_SURPRISE, Switch
+from heterospec_vllm.policy.base import Cycle
+from heterospec_vllm.policy.switch import FEWEST, MOST_SURPRISE, Switch
 
 PROBE_REQUESTS = 4
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from heterospec_vllm.taps import TapFusion
+from heterospec_vllm.draft.taps import TapFusion
 
 TAPS, HIDDEN = 4, 48
 

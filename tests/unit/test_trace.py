@@ -10,16 +10,13 @@ import pytest
 import torch
 from fake_drafter import batch_of, depths_of, draft
 
-from heterospec_vllm import trace as trace_module
-from heterospec_vllm.policy import TreeShape
-from heterospec_vllm.trace import (
-    CostRecorder,
-    Trace,
-    TracePolicy,
-    TraceRecorder,
-)
-from heterospec_vllm.tree import NO_ROW, CandidatePool
-from heterospec_vllm.true_tokens import TrueTokens
+from heterospec_vllm.arrays import NO_ROW
+from heterospec_vllm.draft.true_tokens import TrueTokens
+from heterospec_vllm.policy.decisions import TreeShape
+from heterospec_vllm.replay import trace as trace_module
+from heterospec_vllm.replay.recorders import CostRecorder, TracePolicy, TraceRecorder
+from heterospec_vllm.replay.trace import Trace
+from heterospec_vllm.tree.pool import CandidatePool
 
 NONE = -np.inf
 

@@ -9,10 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heterospec_vllm.cache import plan_moves
-from heterospec_vllm.scorer import walk_logits
-from heterospec_vllm.tree import NO_ROW, CandidatePool, DraftTrees
-from heterospec_vllm.verify import walk
+from heterospec_vllm.arrays import NO_ROW
+from heterospec_vllm.tree.pool import CandidatePool
+from heterospec_vllm.tree.trees import DraftTrees
+from heterospec_vllm.verify.compact import plan_moves
+from heterospec_vllm.verify.scorer_v1 import walk_logits
+from heterospec_vllm.verify.walk import walk
 
 few = settings(max_examples=60, deadline=None)
 VOCAB = 12

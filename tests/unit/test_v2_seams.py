@@ -14,9 +14,9 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
-from heterospec_vllm.device_scorer import DeviceScorer
+from heterospec_vllm.draft.eagle_v2 import HeteroSpecSpeculator
 from heterospec_vllm.runners.v2 import HeteroSpecGPUModelRunner
-from heterospec_vllm.speculator import HeteroSpecSpeculator
+from heterospec_vllm.verify.scorer_v2 import DeviceScorer
 
 # (function of vLLM, the parameters that it begins with)
 SEAMS = [

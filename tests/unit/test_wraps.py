@@ -10,9 +10,11 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from heterospec_vllm import wraps
-from heterospec_vllm.packed_linears import DISPATCH
-from heterospec_vllm.wraps import WRAPS, Wrap
+from heterospec_vllm import patching
+from heterospec_vllm.layers.linears_cpu import DISPATCH
+from heterospec_vllm.patching import Wrap
+from heterospec_vllm.plugin import wraps
+from heterospec_vllm.plugin.wraps import WRAPS
 
 
 class Upstream:
@@ -30,11 +32,11 @@ class Upstream:
 def restored() -> Iterator[None]:
     """Undoes what a test wraps here, so that tests do not see each other's wrappers."""
     originals = dict(vars(Upstream))
-    applied = dict(wraps._applied)
+    applied = dict(patching._applied)
     yield
     Upstream.parse, Upstream.check = originals["parse"], originals["check"]  # type: ignore[method-assign]
-    wraps._applied.clear()
-    wraps._applied.update(applied)
+    patching._applied.clear()
+    patching._applied.update(applied)
 
 
 def plus(suffix: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -27,7 +27,7 @@ def install() -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
     from vllm.v1.sample.ops import topk_topp_sampler
 
-    from heterospec_vllm import wraps
+    from heterospec_vllm.plugin import wraps
 
     # The interpreter cannot run vLLM's own kernel for top-k and top-p; vLLM has the same in PyTorch.
     in_torch = topk_topp_sampler.apply_top_k_top_p_pytorch

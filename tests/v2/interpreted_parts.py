@@ -5,7 +5,7 @@ from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 from vllm.v1.worker import cpu_worker
 from vllm.v1.worker.cpu import model_runner as cpu_v2
 
-from heterospec_vllm.attention.gpu import with_trees
+from heterospec_vllm.layers.attention_gpu import with_trees
 from heterospec_vllm.runners.v2 import HeteroSpecGPUModelRunner
 from heterospec_vllm.runners.worker_calls import WorkerCalls
 

@@ -31,7 +31,7 @@ def _both(engine: dict[str, Any], head: str, runs: list[dict[str, Any]], folder:
 def test_embedded_model_and_head(tmp_path: Path) -> None:
     from rich.console import Console
 
-    from heterospec_vllm.demo_model_cache import default_cache_dir, prepare_target, shipped_head
+    from heterospec_vllm.demo.model_cache import default_cache_dir, prepare_target, shipped_head
 
     engine = {
         "model": str(prepare_target(default_cache_dir(), Console())),

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A target's tap states made into the draft head's input, in one call on CPU (C++, csrc/)."""
+
+import struct
+
+import torch
+
+from .library import c_entry
+from .packed_linear import LANES, size_of
+from .tree_attention import DTYPE_CODES
+
+_PACK = struct.Struct("=5qd4Q").pack  # csrc/tap_fusion.hpp: TapArguments
+
+
+def misfit(norms: torch.Tensor | None, packed: torch.Tensor) -> str | None:
+    """Why the kernel cannot compute this fusion, or None where it can."""
+    _, depth = size_of(packed)
+    if norms is not None and (
+        norms.dtype != packed.dtype or norms.numel() != depth or norms.shape[1] % LANES
+    ):
+        return f"the tap norms are {norms.dtype} {tuple(norms.shape)} for {depth} inputs"
+    return None
+
+
+def tap_fusion_cpu(
+    # [num_rows, num_taps * tap_size], contiguous
+    features: torch.Tensor,
+    # [num_taps, tap_size], contiguous; None: taps are taken as they are
+    norms: torch.Tensor | None,
+    # [num_columns, num_taps * tap_size], packed
+    packed: torch.Tensor,
+    epsilon: float,
+) -> torch.Tensor:
+    """[num_rows, num_columns]: each tap through its RMSNorm, all of them through one linear layer.
+
+    Raises:
+        LibraryUnavailable: the kernel cannot be built.
+    """
+    num_columns, depth = size_of(packed)
+    num_taps, tap_size = (1, depth) if norms is None else norms.shape
+    assert features.is_contiguous() and packed.is_contiguous() and features.dtype == packed.dtype
+    assert features.shape[1] == num_taps * tap_size == depth
+    fused = torch.empty((features.shape[0], num_columns), dtype=packed.dtype)
+    failed = c_entry("heterospec_fuse_taps")(
+        _PACK(
+            DTYPE_CODES[packed.dtype],
+            features.shape[0],
+            num_taps,
+            tap_size,
+            num_columns,
+            epsilon,
+            features.data_ptr(),
+            0 if norms is None else norms.data_ptr(),
+            packed.data_ptr(),
+            fused.data_ptr(),
+        )
+    )
+    assert not failed
+    return fused
