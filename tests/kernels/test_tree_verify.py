@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from heterospec_vllm.kernels.gpu import tree_verify as kernel
-from heterospec_vllm.kernels.reference.cpu import tree_verify as reference
+from heterospec_vllm.kernels.reference import tree_verify as reference
 from heterospec_vllm.kernels.reference.tree_verify import SamplingKeys, TreeBatch, TreeWalks
 from heterospec_vllm.tree.trees import DraftTrees
 from heterospec_vllm.verify.walk import walk
