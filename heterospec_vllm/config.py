@@ -229,12 +229,7 @@ def parse(source: ConfigSource) -> HeteroSpecConfig:
             options[key] = os.fspath(options[key])
         if isinstance(options.get(key), str) and options[key]:
             options[key] = _local_path(options[key], source.file)
-    config = _validated(HeteroSpecConfig, options, "speculative_config", source.file)
-    if config.profile is not None:
-        from heterospec_vllm.policy.profile import load_profile
-
-        load_profile(Path(config.profile))
-    return config
+    return _validated(HeteroSpecConfig, options, "speculative_config", source.file)
 
 
 def read_json_object(path: Path, field: str) -> dict[str, Any]:

@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from heterospec_vllm.plugin import compat
-
 
 @dataclass(frozen=True)
 class Wrap:
@@ -41,7 +39,7 @@ class Wrap:
         """Why the target cannot be wrapped or is no longer wrapped by us, or None."""
         current = _function(self.find())
         if current is None:
-            return f"{self.target}: found no such function in vLLM {compat.vllm_version()}"
+            return f"{self.target}: found no such function in vLLM {vllm_version()}"
         if self in _applied:
             if _applied[self] not in _chain(current):
                 return (
@@ -101,3 +99,10 @@ def _chain(function: Any) -> list[Any]:
         found.append(function)
         function = getattr(function, "__wrapped__", None)
     return found
+
+
+def vllm_version() -> str:
+    """The version of the vLLM in this environment."""
+    from vllm.version import __version__
+
+    return __version__

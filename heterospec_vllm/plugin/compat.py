@@ -3,6 +3,7 @@
 
 from typing import Any
 
+from heterospec_vllm.patching import vllm_version as vllm_version
 from heterospec_vllm.plugin.checks import EngineFacts, TargetFacts
 
 # The plugin overrides private methods of the model runner, so a version counts only when its
@@ -15,13 +16,6 @@ _SINK_KEYS = (
     "add_swa_attention_sink_bias",
     "swa_attention_sink_enabled",
 )
-
-
-def vllm_version() -> str:
-    """The version of the vLLM in this environment."""
-    from vllm.version import __version__
-
-    return __version__
 
 
 def version_reason(version: str) -> str | None:

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The entry point: found by vLLM, cheap, harmless when called again."""
 
-import subprocess
-import sys
 from importlib.metadata import entry_points
 
 import pytest
@@ -24,22 +22,6 @@ def test_register_is_reentrant() -> None:
     wrapped = [wrap.find() for wrap in WRAPS]
     plugin.register()
     assert [wrap.find() for wrap in WRAPS] == wrapped
-
-
-def test_register_loads_nothing_of_the_engine() -> None:
-    """Beyond what the wraps need of vLLM: no model code, no kernels, nothing compiled."""
-    code = (
-        "import sys\n"
-        "from heterospec_vllm.plugin import register\n"
-        "import vllm.engine.arg_utils\n"
-        "before = set(sys.modules)\n"
-        "register()\n"
-        "new = set(sys.modules) - before\n"
-        "heavy = [name for name in new if name.split('.')[0] in ('torch', 'triton', 'transformers')\n"
-        "         or name.startswith(('heterospec_vllm.kernels', 'heterospec_vllm.runners'))]\n"
-        "assert not heavy, heavy\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("version", [*TESTED_VERSIONS, "0.32.0+cpu", "0.33.0+cu129"])
