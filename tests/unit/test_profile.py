@@ -166,12 +166,13 @@ def test_an_unreadable_profile_is_refused(text: str | bytes | None, found: str, 
 
 def test_the_config_finds_a_profile_beside_it_which_is_read_where_it_is_needed(file: Path) -> None:
     options = {"method": METHOD, "model": "org/head", "profile": file.name}
+    Profile.model_validate(content()).save(file)
     config = parse(ConfigSource(options, file.with_name("heterospec.json")))
     assert config.profile == str(file)
+    load_profile(file)
+    file.unlink()
     with pytest.raises(ValueError, match="profile: found no readable file"):
-        load_profile(Path(config.profile))
-    Profile.model_validate(content()).save(file)
-    load_profile(Path(config.profile))
+        load_profile(file)
 
 
 # ---- whom it fits
