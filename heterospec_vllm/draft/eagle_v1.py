@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HeteroSpecProposer: the drafter of Model Runner V1, vLLM's own EAGLE-3 proposer with trees.
+"""EagleDrafterV1: the drafter of Model Runner V1, vLLM's own EAGLE-3 proposer with trees.
 
 Keys and values of tree nodes live in a scratch outside the head's pages: nothing of a tree ever has to be undone.
 """
@@ -15,8 +15,8 @@ from vllm.v1.spec_decode.eagle import EagleProposer
 
 from heterospec_vllm.arrays import Floats, Ints
 from heterospec_vllm.draft.fused_head import MAX_ROWS, FusedHead, fused_head
-from heterospec_vllm.draft.growth import level_positions
-from heterospec_vllm.draft.tree_drafter import Frontier, HeadContext, TreeDrafter
+from heterospec_vllm.draft.growth import Frontier, level_positions
+from heterospec_vllm.draft.tree_drafter import HeadContext, TreeDrafter
 from heterospec_vllm.draft.true_tokens import (
     TrueTokens,
     context_offsets,
@@ -26,14 +26,14 @@ from heterospec_vllm.draft.true_tokens import (
     true_rows,
 )
 from heterospec_vllm.layers.attention_cpu import DraftLevelMetadata
-from heterospec_vllm.policy.base import DraftPolicy
+from heterospec_vllm.policy.base import DraftPlan
 from heterospec_vllm.timing import CLOCK
 
 # Tokens whose keys are computed together: enough for the products, few enough for the caches.
 KEY_ROWS = 512
 
 
-class HeteroSpecProposer(TreeDrafter, EagleProposer):
+class EagleDrafterV1(TreeDrafter, EagleProposer):
     """Drafts trees with vLLM's own EAGLE-3 proposer: its loading, weight sharing, buffers and first pass."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None) -> None:
@@ -53,15 +53,15 @@ class HeteroSpecProposer(TreeDrafter, EagleProposer):
             self.num_speculative_tokens = num_speculative_tokens
 
     @property
-    def _head_inputs(self) -> HeteroSpecProposer:
+    def _head_inputs(self) -> EagleDrafterV1:
         return self
 
     def _head_block_size(self) -> int:
         return self.block_size
 
-    def _most_expanded(self, policy: DraftPolicy, num_reqs: int) -> int:
+    def _most_expanded(self, plan: DraftPlan, num_reqs: int) -> int:
         # vLLM's head buffers hold one scheduler budget of tokens.
-        return min(policy.beam, self.max_num_tokens // num_reqs)
+        return min(plan.beam, self.max_num_tokens // num_reqs)
 
     @cached_property
     def _fused(self) -> FusedHead | None:
@@ -204,41 +204,39 @@ class HeteroSpecProposer(TreeDrafter, EagleProposer):
         return tokens.numpy(), log_probs.numpy()
 
     def _forward_level(
-        self,
-        level: int,
-        first_row: int,  # of the scratch
-        frontier: Frontier,
-        context: HeadContext,
+        self, frontier: Frontier, hidden: torch.Tensor, context: HeadContext
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the head over a frontier: (normed output, output)."""
         num_tokens = frontier.num_rows
-        tail = torch.from_numpy(frontier.tail)
+        tokens, tail = torch.from_numpy(frontier.tokens), torch.from_numpy(frontier.tail)
+        query_start_loc = torch.from_numpy(frontier.query_start_loc)
         # The rotary table ends at the model's length; a draft beyond it is never scheduled.
         positions = torch.from_numpy(
-            level_positions(context.positions.numpy(), frontier.reqs, level, self.max_model_len - 1)
+            level_positions(
+                context.positions.numpy(), frontier.reqs, frontier.level, self.max_model_len - 1
+            )
         )
         fused = self._fused_for(num_tokens)
         if fused is not None:
             return self._fused_forward(
                 fused,
-                token_ids=frontier.tokens,
+                token_ids=tokens,
                 positions=positions,
-                hidden=frontier.hidden,
-                query_start_loc=frontier.query_start_loc,
+                hidden=hidden,
+                query_start_loc=query_start_loc,
                 context_lens=context.seq_lens,
                 block_table=context.block_table,
-                first_row=first_row,
+                first_row=frontier.first_row,
                 tail_index=tail,
             )
-        self.input_ids[:num_tokens] = frontier.tokens
+        self.input_ids[:num_tokens] = tokens
         self.positions[:num_tokens] = positions
-        self.hidden_states[:num_tokens] = frontier.hidden
+        self.hidden_states[:num_tokens] = hidden
         metadata = DraftLevelMetadata(
-            query_start_loc=frontier.query_start_loc,
+            query_start_loc=query_start_loc,
             context_lens=context.seq_lens,
             block_table=context.block_table,
             tail_index=tail,
-            scratch_rows=slice(first_row, first_row + num_tokens),
+            scratch_rows=slice(frontier.first_row, frontier.first_row + num_tokens),
             scratch=self._scratch,
         )
         layer_metadata: dict[str, object] = dict.fromkeys(self._draft_attn_layer_names, metadata)

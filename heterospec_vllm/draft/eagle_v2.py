@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HeteroSpecSpeculator: the drafter of Model Runner V2, vLLM's own EAGLE-3 speculator with trees.
+"""EagleDrafterV2: the drafter of Model Runner V2, vLLM's own EAGLE-3 speculator with trees.
 
 Tree nodes are fed to the head through the lookahead slots behind a request's true tokens, all levels so far in one
 pass: the one-layer head costs its weights, not its rows, and one kernel serves the target and the head. The next step's
@@ -21,12 +21,13 @@ from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
 
 from heterospec_vllm.arrays import Floats, Ints, Ints32
-from heterospec_vllm.draft.tree_drafter import Frontier, HeadContext, TreeDrafter
+from heterospec_vllm.draft.growth import Frontier
+from heterospec_vllm.draft.tree_drafter import HeadContext, TreeDrafter
 from heterospec_vllm.draft.true_tokens import TrueTokens
 from heterospec_vllm.kernels.gpu.topk_entropy import topk_entropy
 from heterospec_vllm.kernels.gpu.tree_attention_plan import MAX_ROWS
 from heterospec_vllm.layers.attention_gpu import StepTrees, TreeBuilder
-from heterospec_vllm.policy.base import DraftPolicy
+from heterospec_vllm.policy.base import DraftPlan
 from heterospec_vllm.timing import CLOCK
 
 # (batch, tap states of the step's tokens, whether drafts can be used) -> nothing: the runner's side of a draft
@@ -43,7 +44,7 @@ class _Expanded:
     hidden: torch.Tensor  # [num_rows, hidden_size] output for their parents
 
 
-class HeteroSpecSpeculator(TreeDrafter, EagleSpeculator):
+class EagleDrafterV2(TreeDrafter, EagleSpeculator):
     """Drafts trees with vLLM's own EAGLE-3 speculator: its loading, weight sharing and buffers."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
@@ -94,11 +95,11 @@ class HeteroSpecSpeculator(TreeDrafter, EagleSpeculator):
     def _head_block_size(self) -> int:
         return self.block_tables.block_sizes[self.kv_cache_gid]
 
-    def _most_expanded(self, policy: DraftPolicy, num_reqs: int) -> int:
+    def _most_expanded(self, plan: DraftPlan, num_reqs: int) -> int:
         """All levels lie in one pass, behind the context, under one mask."""
-        levels = max(1, policy.max_depth - 1)
+        levels = max(1, plan.max_depth - 1)
         rows = min(self.num_speculative_steps, MAX_ROWS, self.max_num_tokens // num_reqs)
-        return min(policy.beam, rows // levels)
+        return min(plan.beam, rows // levels)
 
     def max_context(self) -> int:
         """True tokens behind which a tree of any shape still fits into a request's slots."""
@@ -155,11 +156,10 @@ class HeteroSpecSpeculator(TreeDrafter, EagleSpeculator):
         self._levels = []
 
     def _forward_level(
-        self, level: int, first_row: int, frontier: Frontier, context: HeadContext
+        self, frontier: Frontier, hidden: torch.Tensor, context: HeadContext
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self._levels.append(
-            _Expanded(frontier.reqs, frontier.tail, frontier.tokens, frontier.hidden)
-        )
+        tokens = torch.from_numpy(frontier.tokens)
+        self._levels.append(_Expanded(frontier.reqs, frontier.tail, tokens, hidden))
         rows = rows_by_request(
             [(held.reqs, held.tail) for held in self._levels], context.seq_lens.shape[0]
         )
@@ -181,7 +181,7 @@ class HeteroSpecSpeculator(TreeDrafter, EagleSpeculator):
                 ancestor_mask=self._to_device(rows.ancestor_mask),
             )
         normed, hidden = self._run_head(num_rows, *self._attention(common, trees))
-        latest = torch.from_numpy(rows.place[first_row:])
+        latest = torch.from_numpy(rows.place[frontier.first_row :])
         return normed[latest], hidden[latest]
 
     def _level_metadata(self, rows: RowsByRequest, context: HeadContext) -> CommonAttentionMetadata:

@@ -1,16 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One level of a draft as arrays: the head's top children become candidates with entropies, strata and survivals."""
+"""How a draft grows, level by level: the one loop, for the engine, for replays of traces and for tests.
+
+A head gives the children of the nodes that a plan finds worth expanding. They become candidates with entropies, strata
+and survivals, and the best of them are expanded next. Neither torch nor vLLM is needed here.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-from heterospec_vllm.arrays import NO_ROW, Floats, Ints
+from heterospec_vllm.arrays import NO_ROW, Bools, Floats, Ints, Ints32
 from heterospec_vllm.compiled import compiled
 from heterospec_vllm.draft.signals import _entropy, meta_path_end
-from heterospec_vllm.policy.base import Batch, DraftPolicy, Level
+from heterospec_vllm.policy.base import DraftPlan, DraftPolicy, Level
+from heterospec_vllm.timing import CLOCK
 from heterospec_vllm.tree.pool import CandidatePool
 
 
@@ -73,7 +79,7 @@ def children(
     " i4[::1], i4[:,::1]))"
     "(b1[:,:], i8[:,:], i8[:,:], f4[:,:], f8[:,:], f4[:,:], i8[:,:], i8, i4[:,:], i8)"
 )
-def frontier(
+def pack_frontier(
     chosen,  # [num_reqs, num_candidates]
     rows,  # [num_reqs, width] the head's rows of the level's parents
     tokens,  # [num_reqs, num_candidates], likewise the next four
@@ -181,30 +187,165 @@ class Parents:
         )
 
 
+@dataclass(frozen=True)
+class Frontier:
+    """The nodes of a level that are expanded next, and the head's rows that stand for them, request by request."""
+
+    level: int  # 0 for the roots
+    parents: Parents  # [num_reqs, width] the nodes as their children need them
+    rows: Ints  # [num_reqs, width] their row in the head's batch, NO_ROW padded
+    reqs: Ints  # [num_rows] request of each row
+    parent_rows: Ints  # [num_rows] row of each one's parent in the batch before
+    tokens: Ints  # [num_rows]
+    query_start_loc: Ints32  # [num_reqs + 1]
+    # [num_rows, level] rows, over all levels but the roots, of their ancestors and of themselves
+    tail: Ints32
+    first_row: int  # rows of the levels before, the roots not counted
+
+    @property
+    def num_rows(self) -> int:
+        return self.tokens.size
+
+    @classmethod
+    def roots(cls, num_reqs: int) -> Frontier:
+        """The roots of a batch: the first pass has been over them."""
+        reqs = np.arange(num_reqs)
+        return cls(
+            level=0,
+            parents=Parents.roots(num_reqs),
+            rows=reqs[:, None],
+            reqs=reqs,
+            parent_rows=reqs,
+            tokens=reqs,  # their children only are drafted
+            query_start_loc=np.arange(num_reqs + 1, dtype=np.int32),
+            tail=np.empty((num_reqs, 0), dtype=np.int32),
+            first_row=0,
+        )
+
+    def below(
+        self,
+        chosen: Bools,  # [num_reqs, num_candidates]
+        level_pool: CandidatePool,  # the children of these nodes
+        first_column: int,  # of the level in the pool
+    ) -> Frontier:
+        """The chosen children, packed to the left."""
+        first_row = self.first_row + self.num_rows if self.level else 0
+        *of_parents, rows, reqs, parent_rows, tokens, start, tail = pack_frontier(
+            chosen,
+            self.rows,
+            level_pool.tokens,
+            level_pool.log_probs,
+            level_pool.survivals,
+            level_pool.entropies,
+            level_pool.strata,
+            first_column,
+            self.tail,
+            first_row,
+        )
+        return Frontier(
+            level=self.level + 1,
+            parents=Parents(*of_parents),
+            rows=rows,
+            reqs=reqs,
+            parent_rows=parent_rows,
+            tokens=tokens,
+            query_start_loc=start,
+            tail=tail,
+            first_row=first_row,
+        )
+
+
+class DraftHead(Protocol):
+    """What a draft grows with: the children of given rows."""
+
+    def children(self, frontier: Frontier) -> tuple[Ints, Floats]:
+        """[num_rows, top_k] each: the likeliest next tokens of each row and their log-probabilities, falling."""
+
+    def within_reach(
+        self,
+        chosen: Bools,  # [num_reqs, num_candidates]
+        level_pool: CandidatePool,
+    ) -> Bools:
+        """[num_reqs, num_candidates] those of the chosen nodes that the head can expand."""
+
+
+class DraftLedger(Protocol):
+    """What keeps the time of a draft's levels and tells the policy."""
+
+    def begin_level(self) -> None:
+        """The level before is done; what follows belongs to the next one."""
+
+    def end_level(self, depth: int, num_rows: int) -> None:
+        """The children of ``num_rows`` nodes were proposed; depth 1 belongs to the first pass."""
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What a draft proposed and how far it went."""
+
+    pool: CandidatePool
+    rows: list[int]  # nodes expanded in each level beyond the first
+
+
+def grow(policy: DraftPolicy, plan: DraftPlan, head: DraftHead, ledger: DraftLedger) -> Growth:
+    """Grow the candidates of a batch level by level, from the nodes that the plan finds worth it.
+
+    ``policy`` is taught how much of a node's survival its children inherit.
+    """
+    frontier = Frontier.roots(plan.batch.limits.size)
+    meta_entropies = np.zeros(plan.batch.limits.size, dtype=np.float32)
+    levels: list[CandidatePool] = []
+    rows: list[int] = []
+    num_columns = 0
+    for depth in range(1, plan.max_depth + 1):
+        tokens, local = head.children(frontier)
+        with CLOCK.span("policy"):
+            level_pool = children_of(plan, depth, frontier, tokens, local)
+        levels.append(level_pool)
+        ledger.end_level(depth, frontier.num_rows)
+        if depth > 1:
+            parents = frontier.parents
+            survivals = level_pool.survivals.reshape(*frontier.rows.shape, tokens.shape[1])
+            policy.observe_children(
+                plan.batch, depth - 1, parents.strata, parents.survivals, survivals
+            )
+        if depth == plan.max_depth:
+            break
+        ledger.begin_level()
+        with CLOCK.span("policy"):
+            level = level_of(plan, depth, level_pool, frontier.parents, meta_entropies)
+            chosen = plan.expand(level)
+        frontier = frontier.below(head.within_reach(chosen, level_pool), level_pool, num_columns)
+        if not frontier.num_rows:
+            break
+        rows.append(frontier.num_rows)
+        num_columns += level_pool.tokens.shape[1]
+    return Growth(CandidatePool.concatenate(levels), rows)
+
+
 def children_of(
-    policy: DraftPolicy,
-    batch: Batch,
+    plan: DraftPlan,
     depth: int,
-    parent: Parents,
-    rows: Ints,  # [num_reqs, width] head rows of the parents, NO_ROW padded
+    frontier: Frontier,  # the parents
     tokens: Ints,  # [num_rows, top_k]
     local: Floats,  # [num_rows, top_k]
 ) -> CandidatePool:
     """One level of the pool; the children of padded parents are absent."""
+    parent = frontier.parents
     tokens, log_probs, entropies, strata, parents, ranks, survivals = children(
         parent.columns,
         parent.log_probs,
         parent.entropies,
         parent.survivals,
-        rows,
+        frontier.rows,
         tokens,
         local,
-        policy.strata.cuts(depth),
+        plan.strata.cuts(depth),
     )
     return CandidatePool(
         tokens=tokens,
         log_probs=log_probs,
-        survivals=policy.survivals(batch, depth, log_probs, strata, survivals),
+        survivals=plan.survivals(depth, log_probs, strata, survivals),
         strata=strata,
         entropies=entropies,
         parents=parents,
@@ -213,16 +354,16 @@ def children_of(
 
 
 def level_of(
-    policy: DraftPolicy,
+    plan: DraftPlan,
     depth: int,
     level_pool: CandidatePool,
     parent: Parents,
     meta_entropies: Floats,  # [num_reqs], brought up to date for requests that reached this level
 ) -> Level:
-    if policy.follows_meta_path:
+    if plan.follows_meta_path:
         top_k = level_pool.tokens.shape[1] // parent.columns.shape[1]
         parent_log_probs = np.repeat(parent.log_probs, top_k, axis=1)
-        update_meta_entropies(policy, depth, level_pool, parent_log_probs, meta_entropies)
+        update_meta_entropies(plan, depth, level_pool, parent_log_probs, meta_entropies)
     return Level(
         depth=depth,
         log_probs=level_pool.log_probs,
@@ -234,7 +375,7 @@ def level_of(
 
 
 def update_meta_entropies(
-    policy: DraftPolicy,
+    plan: DraftPlan,
     depth: int,
     level_pool: CandidatePool,
     parent_log_probs: Floats,  # [num_reqs, num_candidates] of each candidate's parent, 0 for the root
@@ -244,7 +385,7 @@ def update_meta_entropies(
     with np.errstate(invalid="ignore"):  # an absent child of an absent parent
         local = level_pool.log_probs - parent_log_probs
     depths = np.full(level_pool.tokens.shape[1], depth)
-    end = meta_path_end(depths, level_pool.log_probs, local, policy.reading)[:, None]
+    end = meta_path_end(depths, level_pool.log_probs, local, plan.reading)[:, None]
     reached = np.take_along_axis(level_pool.survivals, end, axis=1)[:, 0] > 0
     entropy = np.take_along_axis(level_pool.entropies, end, axis=1)[:, 0]
     meta_entropies[reached] = entropy[reached]

@@ -61,11 +61,16 @@ class HeadProgress:
         # Where the head's context begins, at a block's start, of requests whose first tokens it has not seen.
         self._starts: dict[str, int] = {}
         self._late: set[str] = set()  # those of them that were fed
-        self.num_late = 0  # of them ever, for whoever counts
+        self.num_late = 0  # of them since they were last counted
 
     def pending(self, req_id: str) -> int:
         """Kept tokens of a request: what the head has to catch up on before it can draft for it."""
         return self._pending.get(req_id, 0)
+
+    def take_late(self) -> int:
+        """Requests fed without their first tokens since the last call."""
+        count, self.num_late = self.num_late, 0
+        return count
 
     def context_start(self, req_id: str) -> int:
         """The position at which the head's context of a request begins."""

@@ -3,7 +3,7 @@
 
 The first pass feeds the head true tokens (target features and the token that followed each), so its KV pages hold true
 tokens only. Every further level expands the nodes that the policy names. How a pass is run is the business of the
-model runner: ``drafter.py`` for V1, ``speculator.py`` for V2.
+model runner: ``eagle_v1.py`` for V1, ``eagle_v2.py`` for V2.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from heterospec_vllm.arrays import Bools, Floats, Ints, Ints32
-from heterospec_vllm.draft.growth import Parents, children_of, frontier, level_of
+from heterospec_vllm.arrays import Bools, Floats, Ints
+from heterospec_vllm.draft.base import Draft, Drafted, StepOutput
+from heterospec_vllm.draft.growth import Frontier, grow
+from heterospec_vllm.draft.progress import HeadProgress
+from heterospec_vllm.draft.reading import HeadReader
 from heterospec_vllm.draft.taps import TapFusion
 from heterospec_vllm.draft.true_tokens import (
     TrueTokens,
@@ -33,39 +36,11 @@ from heterospec_vllm.draft.true_tokens import (
     slots_of,
     without_start,
 )
-from heterospec_vllm.policy.base import Batch, DraftPolicy
+from heterospec_vllm.policy.base import Batch, DraftPlan, DraftPolicy, Scope
 from heterospec_vllm.policy.decisions import in_beam
 from heterospec_vllm.timing import CLOCK
 from heterospec_vllm.tree.pool import CandidatePool
 from heterospec_vllm.tree.trees import DraftTrees
-
-
-@dataclass(frozen=True)
-class Draft:
-    """What one draft produced: the candidates, the trees cut out of them, and how far it went."""
-
-    pool: CandidatePool
-    num_candidates: int  # in the pool
-    trees: DraftTrees
-    num_levels: int  # beyond the first
-    seconds: float
-
-
-@dataclass
-class Frontier:
-    """The nodes of one level that are expanded next, and the head's rows that stand for them, request by request."""
-
-    parents: Parents  # [num_reqs, width] the nodes as their children need them
-    rows: Ints  # [num_reqs, width] their row in the head's batch, NO_ROW padded
-    reqs: Ints  # [num_rows] request of each row
-    tokens: torch.Tensor  # [num_rows]
-    query_start_loc: torch.Tensor  # [num_reqs + 1] int32
-    hidden: torch.Tensor  # [num_rows, hidden_size] output for their parents
-    tail: Ints32  # [num_rows, level] rows, over all levels, of their ancestors and of themselves
-
-    @property
-    def num_rows(self) -> int:
-        return self.tokens.shape[0]
 
 
 class HeadInputs(Protocol):
@@ -88,9 +63,8 @@ class TreeDrafter:
 
     def start_drafting(self) -> None:
         """To be called once by the subclass's constructor."""
-        self.first_pass_seconds = 0.0  # of the latest first pass
-        self._first_pass_size = 0, 0  # its tokens and requests
         self._silent = False
+        self.reader: HeadReader | None = None  # once the size of the KV cache is known
 
     # ---- what a model runner's side provides
 
@@ -107,7 +81,7 @@ class TreeDrafter:
         """Tokens of a KV block of the head."""
         raise NotImplementedError
 
-    def _most_expanded(self, policy: DraftPolicy, num_reqs: int) -> int:
+    def _most_expanded(self, plan: DraftPlan, num_reqs: int) -> int:
         """Most nodes of a request that are expanded in one level."""
         raise NotImplementedError
 
@@ -116,12 +90,12 @@ class TreeDrafter:
         raise NotImplementedError
 
     def _forward_level(
-        self, level: int, first_row: int, frontier: Frontier, context: HeadContext
+        self,
+        frontier: Frontier,
+        hidden: torch.Tensor,  # [num_rows, hidden_size] output for the parents
+        context: HeadContext,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the head over a frontier: (normed output, output).
-
-        first_row: nodes expanded in the levels before, which are the first rows.
-        """
+        """Run the head over a frontier: (normed output, output)."""
         raise NotImplementedError
 
     def _top_children(
@@ -172,43 +146,68 @@ class TreeDrafter:
         finally:
             self._silent = False
 
+    def start_reading(self, num_blocks: int, block_size: int) -> None:
+        """To be called when the KV cache is there: the head has read nothing of it."""
+        self.reader = HeadReader(HeadProgress(num_blocks, block_size))
+
+    def remove(self, req_id: str) -> None:
+        """A request has left the engine."""
+        if self.reader is not None:
+            self.reader.progress.remove(req_id)
+
     @torch.inference_mode()
-    def propose_trees(
-        self,
-        policy: DraftPolicy,
-        batch: Batch,  # the requests to draft for
-        drafting: Ints,  # [num_drafting] their places among those of ``true_tokens``
-        true_tokens: TrueTokens,
-    ) -> Draft | None:
-        """Bring the head's KV up to date with the true tokens, then draft a tree for some of the requests."""
+    def propose_trees(self, policy: DraftPolicy, scope: Scope, step: StepOutput) -> Drafted:
+        """Bring the head's KV up to date with the step's tokens, then draft a tree for some of the requests."""
+        assert self.reader is not None
+        feed = self.reader.feed(policy, scope, step)
+        tokens = feed.tokens
+        if tokens is None:
+            return Drafted(feed.reading)
+        drafting = np.flatnonzero(feed.limits > 0)  # among those that are read
+        ledger = PassLedger(policy, len(tokens.token_ids), tokens.num_tokens.size)
         with CLOCK.span("draft: true tokens"):
-            context = self._first_pass(true_tokens)
+            context = self._first_pass(tokens)
+        ledger.end_first_pass()
         if not drafting.size:
             if self.device.type == "cpu":  # elsewhere the pass was launched, not timed
-                policy.observe_reading(*self._first_pass_size, self.first_pass_seconds)
-            return None
+                ledger.teach_reading()
+            return Drafted(feed.reading, head_passes=1)
         if drafting.size < context.seq_lens.shape[0]:
             context = context.take(torch.from_numpy(drafting))
-        start = time.perf_counter() - self.first_pass_seconds
+        places = feed.places[drafting]
+        batch = Batch(
+            num_reqs=len(step.req_ids),
+            context=step.tokens.context,
+            temperatures=step.temperatures[places],
+            limits=feed.limits[drafting],
+        )
+        plan = policy.plan(batch, scope)
         with CLOCK.span("draft: levels"):
-            levels = self._expand(policy, batch, context)
+            head = _Levels(self, plan, context)
+            growth = grow(policy, plan, head, ledger)
         with CLOCK.span("draft: cut the tree"):
-            pool = CandidatePool.concatenate(levels)
-            ranked = pool.ranked(self.num_speculative_tokens)
-            seconds = time.perf_counter() - start
+            ranked = growth.pool.ranked(self.num_speculative_tokens)
+            seconds = ledger.seconds()
         with CLOCK.span("policy"):
-            num_nodes = policy.propose(batch, ranked.survivals, seconds)
+            num_nodes = plan.propose(ranked.survivals, seconds)
         with CLOCK.span("draft: cut the tree"):
-            trees = DraftTrees.from_pool(pool, num_nodes, ranked)
-        return Draft(pool, ranked.num_present, trees, len(levels) - 1, seconds)
+            trees = DraftTrees.from_pool(growth.pool, num_nodes, ranked)
+        draft = Draft(
+            plan=plan,
+            places=places,
+            pool=growth.pool,
+            num_candidates=ranked.num_present,
+            trees=trees,
+            num_levels=len(growth.rows),
+            seconds=seconds,
+            tokens=tokens,
+            drafting=drafting,
+        )
+        return Drafted(feed.reading, draft, head_passes=1 + draft.num_levels)
 
     def _first_pass(self, tokens: TrueTokens) -> HeadContext:
-        start = time.perf_counter()
-        self._first_pass_size = len(tokens.token_ids), tokens.num_tokens.size
         fits = len(tokens.token_ids) <= self.max_num_tokens
-        context = self._first_pass_of(tokens) if fits else self._in_parts(tokens)
-        self.first_pass_seconds = time.perf_counter() - start
-        return context
+        return self._first_pass_of(tokens) if fits else self._in_parts(tokens)
 
     def _in_parts(self, tokens: TrueTokens) -> HeadContext:
         """The first pass over more tokens than the head's buffers hold."""
@@ -265,94 +264,71 @@ class TreeDrafter:
             causal=True,
         )
 
-    def _expand(
-        self, policy: DraftPolicy, batch: Batch, context: HeadContext
-    ) -> list[CandidatePool]:
-        """Grow the candidates level by level, from the nodes that the policy finds worth it."""
-        num_reqs, top_k = context.seq_lens.shape[0], policy.shape.top_k
-        parent = Parents.roots(num_reqs)
-        rows = np.arange(num_reqs)[:, None]
-        normed, hidden = context.normed, context.hidden
-        tail = np.empty((num_reqs, 0), dtype=np.int32)
-        most = self._most_expanded(policy, num_reqs)
-        pools: list[CandidatePool] = []
-        meta_entropies = np.zeros(num_reqs, dtype=np.float32)
-        pool_size, first_row, depth, start = 0, 0, 0, 0.0
-        while True:
-            depth += 1
-            if depth == 1:
-                start = time.perf_counter()
-            tokens, local = self._top_children(normed, top_k)
-            with CLOCK.span("policy"):
-                level_pool = children_of(policy, batch, depth, parent, rows, tokens, local)
-            pools.append(level_pool)
-            seconds = time.perf_counter() - start
-            if depth == 1:
-                self.first_pass_seconds += seconds
-                policy.observe_first_pass(self._first_pass_size[0], self.first_pass_seconds)
-                policy.observe_reading(*self._first_pass_size, self.first_pass_seconds)
-            else:
-                policy.observe_level(len(normed), seconds)
-                shape = (*rows.shape, top_k)
-                policy.observe_children(
-                    batch, depth - 1, parent.strata, parent.survivals,
-                    level_pool.survivals.reshape(shape),
-                )  # fmt: skip
-            if depth >= policy.max_depth:
-                break
-            start = time.perf_counter()
-            with CLOCK.span("policy"):
-                level = level_of(policy, depth, level_pool, parent, meta_entropies)
-                chosen = policy.expand(batch, level)
-            frontier = self._frontier(
-                chosen, level_pool, pool_size, rows, hidden, tail, first_row, most
-            )
-            if not frontier.num_rows:
-                break
-            if not first_row:
-                self._begin_levels(num_reqs * most * (policy.max_depth - 1))
-            normed, hidden = self._forward_level(depth, first_row, frontier, context)
-            tail = frontier.tail
-            first_row += frontier.num_rows
-            parent, rows = frontier.parents, frontier.rows
-            pool_size += level_pool.tokens.shape[1]
-        return pools
 
-    def _frontier(
-        self,
-        chosen: Bools,  # [num_reqs, num_candidates]
-        level_pool: CandidatePool,
-        first_column: int,  # of the level in the pool
-        rows: Ints,  # [num_reqs, width] head rows of the level's parents
-        hidden: torch.Tensor,  # [num_parent_rows, hidden_size]
-        tail: Ints32,  # [num_parent_rows, level - 1]
-        first_row: int,
-        most: int,  # nodes of a request
-    ) -> Frontier:
-        """The chosen candidates packed to the left, with what the head needs of their parents."""
-        if chosen.shape[1] > most and chosen.sum(axis=1).max() > most:
-            chosen = chosen & in_beam(np.where(chosen, level_pool.log_probs, -np.inf), most)
-        *of_parents, own_rows, reqs, above, tokens, start, new_tail = frontier(
-            chosen,
-            rows,
-            level_pool.tokens,
-            level_pool.log_probs,
-            level_pool.survivals,
-            level_pool.entropies,
-            level_pool.strata,
-            first_column,
-            tail,
-            first_row,
-        )
-        return Frontier(
-            parents=Parents(*of_parents),
-            rows=own_rows,
-            reqs=reqs,
-            tokens=torch.from_numpy(tokens),
-            query_start_loc=torch.from_numpy(start),
-            hidden=gather_rows([hidden], above),
-            tail=new_tail,
-        )
+class _Levels:
+    """The head of one draft: the children of a frontier's rows (``growth.DraftHead``)."""
+
+    def __init__(self, drafter: TreeDrafter, plan: DraftPlan, context: HeadContext) -> None:
+        self._drafter = drafter
+        self._plan = plan
+        self._context = context
+        self._hidden = (
+            context.hidden
+        )  # [num_rows, hidden_size] output for the rows of the latest pass
+        self._num_reqs = context.seq_lens.shape[0]
+        self._most = drafter._most_expanded(plan, self._num_reqs)
+
+    def children(self, frontier: Frontier) -> tuple[Ints, Floats]:
+        normed = self._context.normed
+        if frontier.level > 0:
+            if frontier.level == 1:
+                levels = self._plan.max_depth - 1
+                self._drafter._begin_levels(self._num_reqs * self._most * levels)
+            above = gather_rows([self._hidden], frontier.parent_rows)
+            normed, self._hidden = self._drafter._forward_level(frontier, above, self._context)
+        return self._drafter._top_children(normed, self._plan.top_k)
+
+    def within_reach(self, chosen: Bools, level_pool: CandidatePool) -> Bools:
+        """The likeliest ones, as many as the buffers of a pass hold."""
+        if chosen.shape[1] <= self._most or chosen.sum(axis=1).max() <= self._most:
+            return chosen
+        return chosen & in_beam(np.where(chosen, level_pool.log_probs, -np.inf), self._most)
+
+
+class PassLedger:
+    """Times the head's passes of one draft and tells the policy what they took (``growth.DraftLedger``)."""
+
+    def __init__(self, policy: DraftPolicy, num_tokens: int, num_reqs: int) -> None:
+        """The first pass begins, over ``num_tokens`` tokens of ``num_reqs`` requests."""
+        self._policy = policy
+        self._num_tokens, self._num_reqs = num_tokens, num_reqs
+        self._start = self._level_start = time.perf_counter()
+        self._first_pass_seconds = 0.0
+
+    def end_first_pass(self) -> None:
+        """The tokens are read; their logits are not computed yet."""
+        self._level_start = time.perf_counter()
+        self._first_pass_seconds = self._level_start - self._start
+
+    def teach_reading(self) -> None:
+        """Nobody is drafted for after the first pass."""
+        self._policy.observe_reading(self._num_tokens, self._num_reqs, self._first_pass_seconds)
+
+    def begin_level(self) -> None:
+        self._level_start = time.perf_counter()
+
+    def end_level(self, depth: int, num_rows: int) -> None:
+        seconds = time.perf_counter() - self._level_start
+        if depth > 1:
+            self._policy.observe_level(num_rows, seconds)
+            return
+        self._first_pass_seconds += seconds
+        self._policy.observe_first_pass(self._num_tokens, self._first_pass_seconds)
+        self.teach_reading()
+
+    def seconds(self) -> float:
+        """Seconds since the draft began."""
+        return time.perf_counter() - self._start
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from heterospec_vllm.config import HeteroSpecConfig
-from heterospec_vllm.policy.base import DraftPolicy, PlainPolicy
+from heterospec_vllm.policy.base import DraftPolicy, FixedPolicy, PlainPolicy
 from heterospec_vllm.policy.cost import StepCosts
 from heterospec_vllm.policy.decisions import (
     tree_shape,
@@ -57,4 +57,4 @@ def make_policy(
             tables=SurvivalTables(prior=profile.survival_table, prior_weight=40.0),
             strata=profile.strata,
         )
-    return DraftPolicy(shape)
+    return FixedPolicy(shape)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from vllm.config import VllmConfig
@@ -12,6 +12,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 
 from heterospec_vllm.arrays import Ints
 from heterospec_vllm.compiled import compiled
+from heterospec_vllm.engine.pending import MatchedDrafts
 from heterospec_vllm.tree.trees import DraftTrees
 from heterospec_vllm.verify.walk import Walk
 
@@ -60,7 +61,7 @@ def walked_rows(
 class Step:
     """What the hooks of one step share: trees in batch order and where their rows lie."""
 
-    verified: dict[str, list[int]]  # draft tokens by request, in the order of their rows
+    matched: MatchedDrafts = field(default_factory=MatchedDrafts)  # the drafts that it verifies
     num_tokens: int = 0  # scheduled, drafts included
     trees: DraftTrees | None = (
         None  # [num_reqs], in the order of the batch; None where nothing is verified

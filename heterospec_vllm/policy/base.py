@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The policies with what they hold between steps; every decision is a pure function of ``policy.py``.
+"""What a policy is: it plans drafts, and it learns from steps. Every decision is a pure function (``decisions.py``).
 
-The proposer asks a policy after each level which nodes to expand, the runner asks it how many nodes to verify. Both
-tell it afterwards what was accepted and how long things took. ``plain``, ``chain`` and ``static`` learn nothing,
-``paper`` needs fitted strata, ``marginal`` learns survivals and costs.
+Order of a step's calls: :meth:`DraftPolicy.scope` says for whom to draft, :meth:`DraftPolicy.plan` makes the plan of
+one draft. The plan is asked level by level and answers at the end how many nodes to verify. The ``observe_*`` methods
+teach the policy afterwards; no decision waits for them. ``plain``, ``chain`` and ``static`` learn nothing, ``paper``
+needs fitted strata, ``marginal`` learns survivals and costs.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -70,78 +71,40 @@ class Level:
     meta_entropies: Floats  # [num_drafting] of the meta-path so far
 
 
-class DraftPolicy:
-    """A fixed tree: EAGLE-2's beam, the same bounds for every request (``static``, ``chain``)."""
+class DraftPlan(Protocol):
+    """One draft of a batch, from its first level to the nodes that are verified.
 
-    learns = False
-    probe_requests = 4  # requests that a probe drafts for
-    strata: Strata = DEFAULT_STRATA
-    reading: MetaPathReading = "A"
-    follows_meta_path = False  # whether Level.meta_entropies is needed
-    choice: NodeChoice | None = None  # the latest one, of a policy that weighs rates
-    expected_gain = 0.0  # rate with speculation over that of plain decoding, of such a policy
+    Calls come in this order: for each level :meth:`survivals` and :meth:`expand`, then :meth:`propose` once, then
+    :meth:`keep` in the step that verifies. :meth:`prices` may be read at any time.
+    """
 
-    def __init__(self, shape: TreeShape) -> None:
-        self.shape = shape
-        self.max_depth = shape.max_depth  # most levels a draft can reach
-
-    def scope(self, num_reqs: int, context: float) -> Scope:
-        """For whom to draft after this step."""
-        return "all"
-
-    def drafts_for_all(self, scope: Scope, num_reqs: int) -> bool:
-        """Whether every request of the batch gets a draft that can."""
-        return scope == "all" or (scope == "probe" and num_reqs <= self.probe_requests)
-
-    def is_worth_reading(
-        self,
-        num_unread: Ints,  # [num_reqs] tokens that the head would have to read of each request, now and later
-        tokens_left: Ints,  # [num_reqs] the most that it may still emit
-        num_reqs: int,
-        context: float,
-    ) -> Bools:
-        """[num_reqs] whether the head should know a request; the others decode plainly and are asked for again."""
-        return np.ones(num_unread.size, dtype=np.bool_)
+    batch: Batch
+    max_depth: int  # most levels
+    top_k: int  # children considered for each expanded node
+    beam: int  # most nodes of a request that a level expands
+    strata: Strata
+    reading: MetaPathReading
+    follows_meta_path: bool  # whether Level.meta_entropies is needed
+    choice: NodeChoice | None  # the latest one, of a policy that weighs rates
 
     def survivals(
         self,
-        batch: Batch,
         depth: int,
         log_probs: Floats,  # [num_drafting, num_candidates]
         strata: Ints,  # [num_drafting, num_candidates]
         parent_survivals: Floats,  # [num_drafting, num_candidates]
     ) -> Floats:
         """[num_drafting, num_candidates] what nodes are ranked by, non-increasing along a path; 0 where absent."""
-        probability = np.exp(np.fmax(log_probs, -np.inf))  # NaN counts as absent
-        return along_paths(probability, parent_survivals)
 
-    def expand(self, batch: Batch, level: Level) -> Bools:
+    def expand(self, level: Level) -> Bools:
         """[num_drafting, num_candidates] the nodes whose children are drafted next."""
-        if level.depth >= self.shape.max_depth:
-            return np.zeros(level.log_probs.shape, dtype=np.bool_)
-        return self.best_of(level)
-
-    def best_of(self, level: Level) -> Bools:
-        """[num_drafting, num_candidates] EAGLE-2's beam: the likeliest nodes of a level."""
-        return in_beam(np.where(level.survivals > 0, level.log_probs, -np.inf), self.beam)
-
-    @property
-    def beam(self) -> int:
-        return min(self.shape.top_k, self.shape.num_nodes)
 
     def propose(
         self,
-        batch: Batch,
         survivals: Floats,  # [num_drafting, num_candidates] sorted, falling
         draft_seconds: float,
     ) -> Ints:
         """[num_drafting] the most nodes handed to the scheduler."""
-        return self.within(batch, survivals, self.shape.num_nodes)
-
-    @staticmethod
-    def within(batch: Batch, survivals: Floats, wanted: int) -> Ints:
-        """[num_drafting] the nodes wanted, as far as the request allows and the draft has them."""
-        return within(survivals, batch.limits, wanted)
 
     def keep(
         self,
@@ -152,11 +115,15 @@ class DraftPolicy:
         context: float,
     ) -> Ints:
         """[num_reqs] nodes verified, a prefix of those scheduled; prefill chunks and admissions are known now."""
-        return num_nodes
 
-    def prices(self, batch: Batch) -> tuple[float, float]:
+    def prices(self) -> tuple[float, float]:
         """(tokens per second that a second is worth, seconds of one more verified node); 0 where not used."""
-        return 0.0, 0.0
+
+
+class Learner:
+    """What a policy may be taught; by default it learns nothing."""
+
+    learns = False  # whether observe_nodes is worth calling
 
     def observe_children(
         self,
@@ -181,13 +148,100 @@ class DraftPolicy:
         """The head's pass over true tokens, its logits included."""
 
     def observe_reading(self, num_tokens: int, num_reqs: int, seconds: float) -> None:
-        """The same pass, or one after which nobody was drafted for (without logits), by its requests, too."""
+        """Seconds of a head pass over ``num_tokens`` tokens of ``num_reqs`` requests, also when no draft followed."""
 
     def observe_level(self, num_rows: int, seconds: float) -> None:
         """One draft level that expanded ``num_rows`` nodes."""
 
 
-class PlainPolicy(DraftPolicy):
+class DraftPolicy(Learner):
+    """Plans drafts for batches. A subclass says how one draft is planned; by default everybody is drafted for."""
+
+    probe_requests = 4  # requests that a probe drafts for
+    expected_gain = (
+        0.0  # rate with speculation over that of plain decoding, of a policy that weighs rates
+    )
+
+    def __init__(self, shape: TreeShape) -> None:
+        self.shape = shape
+
+    def scope(self, num_reqs: int, context: float) -> Scope:
+        """For whom to draft after this step."""
+        return "all"
+
+    def drafts_for_all(self, scope: Scope, num_reqs: int) -> bool:
+        """Whether every request of the batch gets a draft that can."""
+        return scope == "all" or (scope == "probe" and num_reqs <= self.probe_requests)
+
+    def is_worth_reading(
+        self,
+        num_unread: Ints,  # [num_reqs] tokens that the head would have to read of each request, now and later
+        tokens_left: Ints,  # [num_reqs] the most that it may still emit
+        num_reqs: int,
+        context: float,
+    ) -> Bools:
+        """[num_reqs] whether the head should know a request; the others decode plainly and are asked for again."""
+        return np.ones(num_unread.size, dtype=np.bool_)
+
+    def plan(self, batch: Batch, scope: Scope = "all") -> DraftPlan:
+        """The plan of one draft, for the requests that ``scope`` named."""
+        raise NotImplementedError
+
+
+class FixedPlan:
+    """EAGLE-2's beam: the same bounds for every request, nodes ranked by their path probability."""
+
+    strata: Strata = DEFAULT_STRATA
+    reading: MetaPathReading = "A"
+    follows_meta_path = False
+    choice: NodeChoice | None = None
+
+    def __init__(self, batch: Batch, shape: TreeShape) -> None:
+        self.batch = batch
+        self.shape = shape
+        self.max_depth = shape.max_depth
+        self.top_k = shape.top_k
+        self.beam = min(shape.top_k, shape.num_nodes)
+
+    def survivals(
+        self, depth: int, log_probs: Floats, strata: Ints, parent_survivals: Floats
+    ) -> Floats:
+        probability = np.exp(np.fmax(log_probs, -np.inf))  # NaN counts as absent
+        return along_paths(probability, parent_survivals)
+
+    def expand(self, level: Level) -> Bools:
+        if level.depth >= self.shape.max_depth:
+            return np.zeros(level.log_probs.shape, dtype=np.bool_)
+        return self.best_of(level)
+
+    def best_of(self, level: Level) -> Bools:
+        """[num_drafting, num_candidates] EAGLE-2's beam: the likeliest nodes of a level."""
+        return in_beam(np.where(level.survivals > 0, level.log_probs, -np.inf), self.beam)
+
+    def propose(self, survivals: Floats, draft_seconds: float) -> Ints:
+        return self.within(survivals, self.shape.num_nodes)
+
+    def within(self, survivals: Floats, wanted: int) -> Ints:
+        """[num_drafting] the nodes wanted, as far as the request allows and the draft has them."""
+        return within(survivals, self.batch.limits, wanted)
+
+    def keep(
+        self, survivals: Floats, num_nodes: Ints, other_tokens: int, num_reqs: int, context: float
+    ) -> Ints:
+        return num_nodes
+
+    def prices(self) -> tuple[float, float]:
+        return 0.0, 0.0
+
+
+class FixedPolicy(DraftPolicy):
+    """The same tree for every request, always (``static``, ``chain``)."""
+
+    def plan(self, batch: Batch, scope: Scope = "all") -> DraftPlan:
+        return FixedPlan(batch, self.shape)
+
+
+class PlainPolicy(FixedPolicy):
     """No speculation."""
 
     def scope(self, num_reqs: int, context: float) -> Scope:

@@ -10,7 +10,15 @@ from statistics import median_low
 import numpy as np
 
 from heterospec_vllm.arrays import Bools, Floats, Ints
-from heterospec_vllm.policy.base import Batch, Cycle, DraftPolicy, Level, Scope
+from heterospec_vllm.policy.base import (
+    Batch,
+    Cycle,
+    DraftPlan,
+    DraftPolicy,
+    FixedPlan,
+    Level,
+    Scope,
+)
 from heterospec_vllm.policy.cost import StepCosts
 from heterospec_vllm.policy.decisions import (
     NodeChoice,
@@ -53,25 +61,22 @@ class MarginalPolicy(DraftPolicy):
         *,
         tables: SurvivalTables | None = None,
         strata: Strata = DEFAULT_STRATA,
+        switch: Switch | None = None,
     ) -> None:
         super().__init__(shape)
         self.costs = costs
         self.tables = tables or SurvivalTables()
         self.strata = strata
-        self.switch = Switch(deepcopy(costs).plain_step, self.probe_requests)
+        self.switch = switch or Switch(deepcopy(costs).plain_step, self.probe_requests)
         self._speedup = 1.0  # expected rate relative to plain decoding, smoothed
         self._nodes_a_req = 4.0
         self._levels = 1.0  # levels beyond the first, and rows of such a level, per request
         self._rows = 2.0
-        self._num_levels = 0  # of the current draft; with a depth of 1 nothing is ever expanded
-        self._num_rows = 0
-        self._scope: Scope = "all"
+        self.latest_scope: Scope = "all"
         self._age, self._gain_reqs = 0, -1
         self._predicted = 1.0
-        self._draft_seconds = 0.0
         self._readings: deque[float] = deque(maxlen=5)  # seconds of a prompt's token, by the head
         self._read_trust = 1.0  # in them
-        self._num_reqs = 0  # for which the latest draft was chosen as the best; 0 for a probe
         ranks = np.arange(shape.top_k)
         # How much of a node's survival each child inherits, by temperature, depth, stratum and rank.
         self._continuation = np.broadcast_to(
@@ -90,9 +95,9 @@ class MarginalPolicy(DraftPolicy):
         if num_reqs != self._gain_reqs or self._age >= self.gain_every:
             self._age, self._gain_reqs = 0, num_reqs
             self._predicted = self.gain(num_reqs, context)
-        self._scope = self.switch.scope(num_reqs, self._predicted)
+        self.latest_scope = self.switch.scope(num_reqs, self._predicted)
         self.expected_gain = self.switch.gain(num_reqs, self._predicted)
-        return self._scope
+        return self.latest_scope
 
     def is_worth_reading(self, num_unread, tokens_left, num_reqs, context) -> Bools:
         """A long prompt before a short answer costs more to read than its drafts could save."""
@@ -119,99 +124,62 @@ class MarginalPolicy(DraftPolicy):
             rates.append(expected_rate(curve, num_reqs, cost + levels * self.costs.level.at(rows)))
         return max(rates) * plain / num_reqs
 
-    def prices(self, batch: Batch) -> tuple[float, float]:
-        nodes = self._nodes_a_req * batch.num_reqs
-        slope = self.costs.verify.slope(batch.num_reqs + 0.5 * nodes, max(4.0, nodes))
-        return self.price(batch.num_reqs, batch.context), slope
-
     def price(self, num_reqs: int, context: float) -> float:
         """Tokens per second that a second is worth: plain decoding's rate times the speedup achieved lately."""
         plain = self.costs.plain_step(num_reqs, context)
         return max(1.0, self._speedup) * num_reqs / plain
 
-    # ---- a draft
+    def node_seconds(self, num_reqs: int) -> float:
+        """Seconds of one more verified node, around the nodes that were verified lately."""
+        nodes = self._nodes_a_req * num_reqs
+        return self.costs.verify.slope(num_reqs + 0.5 * nodes, max(4.0, nodes))
 
-    def survivals(self, batch, depth, log_probs, strata, parent_survivals) -> Floats:
-        return self.tables.of_level(log_probs, depth, strata, batch.temperatures, parent_survivals)
+    def plan(self, batch: Batch, scope: Scope = "all") -> DraftPlan:
+        return MarginalPlan(batch, self, scope)
 
-    def expand(self, batch: Batch, level: Level) -> Bools:
-        if level.depth == 1:
-            self._smooth(self.first_level_curve, level.survivals)
-            self._num_levels = 0
-            self._num_rows = 0
-        if level.depth >= self.shape.max_depth:
-            return np.zeros(level.log_probs.shape, dtype=np.bool_)
-        rows = batch.limits.size * self.beam
-        price, node_seconds = self.prices(batch)
-        depth = min(level.depth, MAX_DEPTH)
-        chosen = nodes_worth_expanding(
-            level.survivals,
-            level.strata,
-            batch.temperatures,
-            self._continuation[:, depth],
-            price=price,
-            node_seconds=node_seconds,
-            row_seconds=self.costs.level.slope(1, max(1, rows - 1)),
-            level_seconds=self.costs.level.at(1),
-            beam=self.beam,
-        )
-        count = int(np.count_nonzero(chosen))
-        self._num_levels += count > 0
-        self._num_rows += count
-        return chosen
+    # ---- what a plan tells of itself
 
-    def observe_children(self, batch, depth, strata, survivals, children) -> None:
-        """What children inherited, weighted by how much the parent mattered: teaches :meth:`expand`."""
-        depth = min(depth, MAX_DEPTH)
-        inherit(self._continuation, batch.temperatures, depth, strata, survivals, children)
+    def first_level(self, survivals: Floats, scope: Scope) -> None:
+        self._smooth(self.first_level_curve, survivals, scope)
 
-    def propose(self, batch: Batch, survivals: Floats, draft_seconds: float) -> Ints:
-        """The best choice for a step without prefill; the step itself may only verify fewer."""
-        limits = self.within(batch, survivals, self.shape.num_nodes)
-        width = min(survivals.shape[1], self.shape.num_nodes)
-        top = survivals[:, :width]
-        self._smooth(self.curve, top)
-        if batch.limits.size and self._scope != "probe":
-            self._levels += 0.1 * (self._num_levels - self._levels)
-            rows = self._num_rows / max(1, self._num_levels) / batch.limits.size
-            self._rows += 0.1 * (rows - self._rows) * (self._num_levels > 0)
-        # A draft behind a prompt is dear once; it is no measure of what drafting costs from now on.
-        usual = self.costs.first_pass.at(2 * batch.num_reqs)
-        usual += self._num_levels * self.costs.level.at(max(1, self._num_rows))
-        self._draft_seconds = min(draft_seconds, 2.0 * usual)
-        chosen = self._choose(top, limits, batch.num_reqs, batch.num_reqs, batch.context)
-        if self._scope == "probe":
-            self._num_reqs = 0
-            return np.minimum(np.maximum(chosen.num_nodes, self.probe_nodes), limits)
-        self._num_reqs = batch.num_reqs
+    def planned(
+        self,
+        survivals: Floats,  # [num_drafting, at most max_nodes] sorted, falling
+        num_levels: int,  # expanded beyond the first
+        num_rows: int,  # nodes expanded in them
+        scope: Scope,
+    ) -> None:
+        """How far a draft went and what its best nodes looked like."""
+        self._smooth(self.curve, survivals, scope)
+        num_drafting = survivals.shape[0]
+        if num_drafting and scope != "probe":
+            self._levels += 0.1 * (num_levels - self._levels)
+            rows = num_rows / max(1, num_levels) / num_drafting
+            self._rows += 0.1 * (rows - self._rows) * (num_levels > 0)
+
+    def chosen(self, choice: NodeChoice, batch: Batch) -> None:
+        """What a draft that was no probe is expected to earn."""
         plain = batch.num_reqs / self.costs.plain_step(batch.num_reqs, batch.context)
-        self._speedup += 0.1 * (chosen.rate / plain - self._speedup)
-        nodes = chosen.total / max(1, batch.num_reqs)
+        self._speedup += 0.1 * (choice.rate / plain - self._speedup)
+        nodes = choice.total / max(1, batch.num_reqs)
         self._nodes_a_req += 0.1 * (nodes - self._nodes_a_req)
-        return chosen.num_nodes
 
-    def keep(self, survivals, num_nodes, other_tokens, num_reqs, context) -> Ints:
-        as_planned = other_tokens == num_reqs == self._num_reqs
-        if self._scope == "probe" or as_planned:
-            return num_nodes
-        return self._choose(survivals, num_nodes, other_tokens, num_reqs, context).num_nodes
-
-    def _choose(
-        self, survivals: Floats, limits: Ints, other_tokens: int, num_reqs: int, context: float
-    ) -> NodeChoice:
-        most = int(limits.sum())
-        cost = self.costs.cycles(other_tokens, most, num_reqs, context, self._draft_seconds)
-        others = max(0, num_reqs - survivals.shape[0])
-        self.choice = choose_nodes(survivals, limits, cost, others)
-        return self.choice
+    def continuation(self, depth: int) -> Floats:
+        """[num_temperatures, num_strata, top_k] share of a node's survival that each child inherits."""
+        return self._continuation[:, min(depth, MAX_DEPTH)]
 
     # ---- learning
+
+    def observe_children(self, batch, depth, strata, survivals, children) -> None:
+        """What children inherited, weighted by how much the parent mattered."""
+        depth = min(depth, MAX_DEPTH)
+        inherit(self._continuation, batch.temperatures, depth, strata, survivals, children)
 
     def observe_nodes(self, nodes: NodeFeatures, accepted: Floats) -> None:
         self.tables.observe(nodes, accepted)
 
     def observe_step(self, num_tokens: int, num_reqs: int, context: float, seconds: float) -> None:
-        if self._scope == "pause":
+        if self.latest_scope == "pause":
             self.costs.observe_step(num_tokens, num_reqs, context, seconds, self.pause_share)
         else:
             self.costs.observe_step(num_tokens, num_reqs, context, seconds)
@@ -231,7 +199,91 @@ class MarginalPolicy(DraftPolicy):
     def observe_level(self, num_rows: int, seconds: float) -> None:
         self.costs.level.observe(num_rows, seconds)
 
-    def _smooth(self, curve: Floats, survivals: Floats) -> None:
+    def _smooth(self, curve: Floats, survivals: Floats, scope: Scope) -> None:
         """Moves a mean curve towards this draft's, per request (a probe speaks for more)."""
         if survivals.shape[0]:
-            smooth(curve, survivals, 0.3 if self._scope == "probe" else 0.05)
+            smooth(curve, survivals, 0.3 if scope == "probe" else 0.05)
+
+
+class MarginalPlan(FixedPlan):
+    """Levels and nodes that earn more than the price of time."""
+
+    def __init__(self, batch: Batch, policy: MarginalPolicy, scope: Scope) -> None:
+        super().__init__(batch, policy.shape)
+        self.strata = policy.strata
+        self._policy = policy
+        self._scope = scope
+        self._num_levels = 0  # expanded; with a depth of 1 nothing ever is
+        self._num_rows = 0
+        self._draft_seconds = 0.0
+        self._num_reqs = 0  # for which the nodes were chosen as the best; 0 for a probe
+
+    def survivals(
+        self, depth: int, log_probs: Floats, strata: Ints, parent_survivals: Floats
+    ) -> Floats:
+        return self._policy.tables.of_level(
+            log_probs, depth, strata, self.batch.temperatures, parent_survivals
+        )
+
+    def expand(self, level: Level) -> Bools:
+        policy, batch = self._policy, self.batch
+        if level.depth == 1:
+            policy.first_level(level.survivals, self._scope)
+        if level.depth >= self.shape.max_depth:
+            return np.zeros(level.log_probs.shape, dtype=np.bool_)
+        rows = batch.limits.size * self.beam
+        price, node_seconds = self.prices()
+        chosen = nodes_worth_expanding(
+            level.survivals,
+            level.strata,
+            batch.temperatures,
+            policy.continuation(level.depth),
+            price=price,
+            node_seconds=node_seconds,
+            row_seconds=policy.costs.level.slope(1, max(1, rows - 1)),
+            level_seconds=policy.costs.level.at(1),
+            beam=self.beam,
+        )
+        count = int(np.count_nonzero(chosen))
+        self._num_levels += count > 0
+        self._num_rows += count
+        return chosen
+
+    def propose(self, survivals: Floats, draft_seconds: float) -> Ints:
+        """The best choice for a step without prefill; the step itself may only verify fewer."""
+        policy, batch = self._policy, self.batch
+        limits = self.within(survivals, self.shape.num_nodes)
+        top = survivals[:, : min(survivals.shape[1], self.shape.num_nodes)]
+        policy.planned(top, self._num_levels, self._num_rows, self._scope)
+        # A draft behind a prompt is dear once; it is no measure of what drafting costs from now on.
+        usual = policy.costs.first_pass.at(2 * batch.num_reqs)
+        usual += self._num_levels * policy.costs.level.at(max(1, self._num_rows))
+        self._draft_seconds = min(draft_seconds, 2.0 * usual)
+        chosen = self._choose(top, limits, batch.num_reqs, batch.num_reqs, batch.context)
+        if self._scope == "probe":
+            return np.minimum(np.maximum(chosen.num_nodes, policy.probe_nodes), limits)
+        self._num_reqs = batch.num_reqs
+        policy.chosen(chosen, batch)
+        return chosen.num_nodes
+
+    def keep(
+        self, survivals: Floats, num_nodes: Ints, other_tokens: int, num_reqs: int, context: float
+    ) -> Ints:
+        is_probe = self._scope == "probe" == self._policy.latest_scope
+        if is_probe or other_tokens == num_reqs == self._num_reqs:  # as planned
+            return num_nodes
+        return self._choose(survivals, num_nodes, other_tokens, num_reqs, context).num_nodes
+
+    def prices(self) -> tuple[float, float]:
+        batch = self.batch
+        price = self._policy.price(batch.num_reqs, batch.context)
+        return price, self._policy.node_seconds(batch.num_reqs)
+
+    def _choose(
+        self, survivals: Floats, limits: Ints, other_tokens: int, num_reqs: int, context: float
+    ) -> NodeChoice:
+        costs = self._policy.costs
+        cost = costs.cycles(other_tokens, int(limits.sum()), num_reqs, context, self._draft_seconds)
+        others = max(0, num_reqs - survivals.shape[0])
+        self.choice = choose_nodes(survivals, limits, cost, others)
+        return self.choice

@@ -10,55 +10,8 @@ import numpy as np
 
 from heterospec_vllm.arrays import Bools, Floats, Ints
 from heterospec_vllm.config import MetaPathReading
-from heterospec_vllm.policy.base import Batch, DraftPolicy, Level
+from heterospec_vllm.policy.base import Batch, DraftPlan, DraftPolicy, FixedPlan, Level, Scope
 from heterospec_vllm.policy.decisions import TreeShape
-
-
-class PaperPolicy(DraftPolicy):
-    """HeteroSpec as printed: the static tree, deeper and pruned where the meta-path's entropy is low."""
-
-    follows_meta_path = True
-
-    def __init__(
-        self,
-        shape: TreeShape,
-        edges: tuple[float, ...],
-        *,
-        max_nodes: int,
-        first_index: int = 0,
-        reading: MetaPathReading = "A",
-    ) -> None:
-        super().__init__(shape)
-        self._edges = np.asarray(edges)
-        self._first_index = first_index
-        self._max_nodes = max_nodes
-        self.reading = reading
-        self.max_depth = shape.max_depth + paper_alpha(shape.max_depth)
-        self._action: PaperAction | None = None
-
-    def expand(self, batch: Batch, level: Level) -> Bools:
-        """The strata are read once, at the default depth, for the whole draft."""
-        if level.depth == 1:
-            self._action = None
-        if level.depth == self.shape.max_depth:
-            strata = np.searchsorted(self._edges, level.meta_entropies, side="left")
-            self._action = paper_action(
-                strata,
-                depth=self.shape.max_depth,
-                num_nodes=self.shape.num_nodes,
-                first_index=self._first_index,
-            )
-        beam = self.best_of(level)
-        if self._action is None:
-            return beam
-        return beam & (level.depth < self._action.depths[:, None])
-
-    def propose(self, batch: Batch, survivals: Floats, draft_seconds: float) -> Ints:
-        if self._action is None:
-            # No draft came as far as the default depth: the head yields NaN.
-            return super().propose(batch, survivals, draft_seconds)
-        return np.minimum(self.within(batch, survivals, self._max_nodes), self._action.num_nodes)
-
 
 # HeteroSpec, section 3.3: the lowest three strata act.
 PAPER_GAMMAS = (0.3, 0.6, 1.0)
@@ -97,3 +50,60 @@ def paper_action(
     gamma = np.asarray(PAPER_GAMMAS)[np.minimum(strata, len(PAPER_GAMMAS) - 1)]
     total = np.where(acts, np.floor(gamma * (num_nodes + 1) + 0.5 + 1e-9) + extra, num_nodes + 1)
     return PaperAction(depth + extra, np.maximum(total.astype(np.int64) - 1, 1))
+
+
+class PaperPlan(FixedPlan):
+    """The static tree, deeper and pruned where the meta-path's entropy is low."""
+
+    follows_meta_path = True
+
+    def __init__(self, batch: Batch, policy: PaperPolicy) -> None:
+        super().__init__(batch, policy.shape)
+        self.max_depth = policy.shape.max_depth + paper_alpha(policy.shape.max_depth)
+        self.reading = policy.reading
+        self._policy = policy
+        self._action: PaperAction | None = None  # once a draft came as far as the default depth
+
+    def expand(self, level: Level) -> Bools:
+        """The strata are read once, at the default depth, for the whole draft."""
+        if level.depth == self.shape.max_depth:
+            self._action = paper_action(
+                np.searchsorted(self._policy.edges, level.meta_entropies, side="left"),
+                depth=self.shape.max_depth,
+                num_nodes=self.shape.num_nodes,
+                first_index=self._policy.first_index,
+            )
+        beam = self.best_of(level)
+        if self._action is None:
+            return beam
+        return beam & (level.depth < self._action.depths[:, None])
+
+    def propose(self, survivals: Floats, draft_seconds: float) -> Ints:
+        if self._action is None:  # a head that yields NaN
+            return super().propose(survivals, draft_seconds)
+        most = self._policy.max_nodes
+        return np.minimum(self.within(survivals, most), self._action.num_nodes)
+
+
+class PaperPolicy(DraftPolicy):
+    """HeteroSpec as printed."""
+
+    def __init__(
+        self,
+        shape: TreeShape,
+        edges: tuple[
+            float, ...
+        ],  # rising cut points of the meta-path's entropy at the default depth
+        *,
+        max_nodes: int,
+        first_index: int = 0,
+        reading: MetaPathReading = "A",
+    ) -> None:
+        super().__init__(shape)
+        self.edges = np.asarray(edges)
+        self.max_nodes = max_nodes
+        self.first_index = first_index
+        self.reading = reading
+
+    def plan(self, batch: Batch, scope: Scope = "all") -> DraftPlan:
+        return PaperPlan(batch, self)

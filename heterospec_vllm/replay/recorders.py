@@ -9,23 +9,30 @@ from itertools import cycle
 import numpy as np
 
 from heterospec_vllm.arrays import Floats, Ints
-from heterospec_vllm.policy.base import Batch, DraftPolicy, Scope
+from heterospec_vllm.policy.base import Batch, DraftPlan, DraftPolicy, FixedPlan, FixedPolicy, Scope
 from heterospec_vllm.policy.decisions import TreeShape
 from heterospec_vllm.tree.pool import CandidatePool
 
 
+class TracePlan(FixedPlan):
+    """The widest tree of its bounds, of which nothing is verified."""
+
+    def __init__(self, batch: Batch, shape: TreeShape) -> None:
+        super().__init__(batch, shape)
+        self.beam = shape.top_k
+
+    def propose(self, survivals: Floats, draft_seconds: float) -> Ints:
+        return np.zeros_like(self.batch.limits)
+
+
 class TracePolicy(DraftPolicy):
-    """Drafts the widest tree of its bounds and verifies nothing."""
+    """Drafts for everybody and verifies nothing."""
 
-    def propose(self, batch: Batch, survivals: Floats, draft_seconds: float) -> Ints:
-        return np.zeros_like(batch.limits)
-
-    @property
-    def beam(self) -> int:
-        return self.shape.top_k
+    def plan(self, batch: Batch, scope: Scope = "all") -> DraftPlan:
+        return TracePlan(batch, self.shape)
 
 
-class CostRecorder(DraftPolicy):
+class CostRecorder(FixedPolicy):
     """Drafts fixed trees in turns, a step each, and notes what everything costs, for the cost tables of a profile.
 
     Steps of different trees lie side by side, so a machine that is slower for a while is slower for all of them.
@@ -52,7 +59,7 @@ class CostRecorder(DraftPolicy):
         shape = next(self._turns)
         if shape is None:
             return "pause"
-        self.shape, self.max_depth = shape, shape.max_depth
+        self.shape = shape
         return "all"
 
     def samples(self) -> dict[str, list]:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from heterospec_vllm.arrays import Ints
-from heterospec_vllm.draft.growth import update_meta_entropies
-from heterospec_vllm.policy.base import Batch, Cycle, DraftPolicy, Level
+from heterospec_vllm.arrays import Bools, Floats, Ints
+from heterospec_vllm.draft.growth import Frontier, grow
+from heterospec_vllm.policy.base import Batch, Cycle, DraftPolicy, Scope
 from heterospec_vllm.policy.cost import StepCosts
 from heterospec_vllm.policy.marginal import MarginalPolicy
 from heterospec_vllm.policy.survival import NodeFeatures
@@ -107,7 +107,7 @@ def _replay_batch(
         seconds, nodes = 0.0, 0
         scope = policy.scope(num_reqs, context)
         if scope in ("all", "probe"):
-            drafted = _draft(recorded, policy, costs, requests, positions, context)
+            drafted = _draft(recorded, policy, scope, costs, requests, positions, context)
             accepted, nodes, seconds = drafted.accepted, drafted.nodes, drafted.seconds
             outcome.levels += drafted.levels
         step = costs.step(num_reqs + nodes, num_reqs, context)
@@ -137,6 +137,7 @@ class _Drafted:
 def _draft(
     recorded: Replay,
     policy: DraftPolicy,
+    scope: Scope,
     costs: StepCosts,
     requests: Ints,
     positions: Ints,
@@ -150,33 +151,36 @@ def _draft(
         temperatures=recorded.trace.sampled[requests].astype(np.int64),
         limits=np.where(rows >= 0, policy.shape.num_nodes * 2, 0),
     )
-    seconds = costs.first_pass.at(num_reqs)
-    policy.observe_first_pass(num_reqs, seconds)
-    pool, level_rows = expand(recorded, policy, batch, np.maximum(rows, 0), rows >= 0)
-    for count in level_rows:
-        level = costs.level.at(count)
-        policy.observe_level(count, level)
-        seconds += level
-    ranked = pool.ranked(64)
-    order = ranked.columns
-    num_nodes = policy.propose(batch, ranked.survivals, seconds)
-    num_nodes = policy.keep(ranked.survivals, num_nodes, num_reqs, num_reqs, context)
-    chosen = np.arange(order.shape[1]) < num_nodes[:, None]
-    width = pool.tokens.shape[1]
-    truth = recorded.accepted[np.maximum(rows, 0)][:, :width]
-    hit = np.take_along_axis(truth, order, axis=1) & chosen
+    plan = policy.plan(batch, scope)
+    head = RecordedHead(recorded, rows)
+    ledger = _PricedLevels(policy, costs, num_reqs)
+    growth = grow(policy, plan, head, ledger)
+    ranked = growth.pool.ranked(64)
+    num_nodes = plan.propose(ranked.survivals, ledger.seconds)
+    num_nodes = plan.keep(ranked.survivals, num_nodes, num_reqs, num_reqs, context)
+    chosen = np.arange(ranked.columns.shape[1]) < num_nodes[:, None]
+    truth = np.take_along_axis(head.accepted(), ranked.columns, axis=1)
+    hit = truth & chosen
     if policy.learns:
-        _teach(recorded, policy, batch, pool, order, chosen, hit)
-    return _Drafted(hit.sum(axis=1), int(num_nodes.sum()), seconds, len(level_rows))
+        _teach(policy, batch, growth.pool, head.depths(), ranked.columns, chosen, hit)
+    return _Drafted(hit.sum(axis=1), int(num_nodes.sum()), ledger.seconds, len(growth.rows))
 
 
-def _teach(recorded: Replay, policy, batch: Batch, pool: CandidatePool, order, chosen, hit) -> None:
+def _teach(
+    policy: DraftPolicy,
+    batch: Batch,
+    pool: CandidatePool,
+    depths: Ints,  # [pool_size]
+    order: Ints,  # [num_reqs, width] columns, best first
+    chosen: Bools,  # [num_reqs, width]
+    hit: Bools,  # [num_reqs, width]
+) -> None:
     reqs, places = np.nonzero(chosen)
     columns = order[reqs, places]
     policy.observe_nodes(
         NodeFeatures(
             log_probs=pool.log_probs[reqs, columns],
-            depths=recorded.depths[columns],
+            depths=depths[columns],
             strata=pool.strata[reqs, columns],
             temperatures=batch.temperatures[reqs],
         ),
@@ -184,91 +188,90 @@ def _teach(recorded: Replay, policy, batch: Batch, pool: CandidatePool, order, c
     )
 
 
-def expand(
-    recorded: Replay, policy: DraftPolicy, batch: Batch, rows: Ints, present: np.ndarray
-) -> tuple[CandidatePool, list[int]]:
-    """The pool that a policy would have drafted, and the nodes expanded in each level beyond the first.
+class _PricedLevels:
+    """A draft's seconds from cost tables (``growth.DraftLedger``)."""
 
-    A node can be expanded only if it was in the recording.
-    """
-    trace = recorded.trace
-    num_reqs = rows.size
-    levels: list[CandidatePool] = []
-    level_rows: list[int] = []
-    meta = np.zeros(num_reqs, dtype=np.float32)
-    survivals = np.zeros((num_reqs, recorded.depths.size))
-    expanded = np.zeros((num_reqs, recorded.depths.size), dtype=np.bool_)
-    for depth in range(1, recorded.max_depth + 1):
-        columns = recorded.columns(depth)
-        parents = trace.parents[rows, columns].astype(np.int64)
-        log_probs = trace.log_probs[rows, columns].copy()
-        above = np.maximum(parents, 0)
-        known = np.where(
-            parents >= 0, np.take_along_axis(expanded, above, axis=1), present[:, None]
-        )
-        log_probs[~known] = -np.inf
-        parent_survivals = np.where(parents >= 0, np.take_along_axis(survivals, above, axis=1), 1.0)
-        entropies = trace.entropies[rows, columns]
-        strata = policy.strata.of(depth, entropies)
-        survivals[:, columns] = policy.survivals(batch, depth, log_probs, strata, parent_survivals)
-        level = CandidatePool(
-            tokens=trace.tokens[rows, columns].astype(np.int64),
-            log_probs=log_probs,
-            survivals=survivals[:, columns],
-            strata=strata,
-            entropies=entropies,
-            parents=parents,
-            ranks=trace.ranks[rows, columns].astype(np.int64),
-        )
-        levels.append(level)
-        if depth > 1:
-            _observe_children(policy, batch, depth, level, levels[-2], recorded)
-        if depth >= policy.max_depth:
-            break
-        if policy.follows_meta_path:
-            parent_log_probs = np.where(
-                parents >= 0, np.take_along_axis(trace.log_probs[rows], above, axis=1), 0
-            )
-            update_meta_entropies(policy, depth, level, parent_log_probs, meta)
-        chosen = policy.expand(
-            batch, Level(depth, log_probs, entropies, level.survivals, strata, meta)
-        )
-        if depth == recorded.max_depth:
-            break
+    def __init__(self, policy: DraftPolicy, costs: StepCosts, num_reqs: int) -> None:
+        self._policy, self._costs, self._num_reqs = policy, costs, num_reqs
+        self.seconds = 0.0
+
+    def begin_level(self) -> None:
+        """A table needs no stopwatch."""
+
+    def end_level(self, depth: int, num_rows: int) -> None:
+        if depth == 1:
+            seconds = self._costs.first_pass.at(self._num_reqs)
+            self._policy.observe_first_pass(self._num_reqs, seconds)
+        else:
+            seconds = self._costs.level.at(num_rows)
+            self._policy.observe_level(num_rows, seconds)
+        self.seconds += seconds
+
+
+class RecordedHead:
+    """The children that a trace holds (``growth.DraftHead``); only a node that was expanded then can be now."""
+
+    def __init__(
+        self,
+        recorded: Replay,
+        rows: Ints,  # [num_reqs] draft of each request, -1 where none was recorded
+    ) -> None:
+        self._recorded = recorded
+        self._here = rows >= 0
+        self._rows = np.maximum(rows, 0)
+        # Of each level, the column of the trace that each candidate has; those of absent ones are any.
+        self._columns: list[Ints] = []
+
+    def children(self, frontier: Frontier) -> tuple[Ints, Floats]:
+        trace, depth = self._recorded.trace, frontier.level + 1
+        rows, here = self._rows[frontier.reqs], self._here[frontier.reqs]
+        group, above = self._groups_of(frontier)
+        first = self._recorded.columns(depth).start + group * self._recorded.top_k
+        columns = first[:, None] + np.arange(self._recorded.top_k)
+        parent_log_probs = 0.0 if frontier.level == 0 else trace.log_probs[rows, above][:, None]
+        local = trace.log_probs[rows[:, None], columns] - parent_log_probs
+        local[~here] = -np.inf
+        padded = np.zeros((*frontier.rows.shape, self._recorded.top_k), dtype=np.int64)
+        padded[frontier.rows >= 0] = columns
+        self._columns.append(padded.reshape(frontier.rows.shape[0], -1))
+        return trace.tokens[rows[:, None], columns].astype(np.int64), local.astype(np.float32)
+
+    def _groups_of(self, frontier: Frontier) -> tuple[Ints, Ints]:
+        """[num_rows] each: which group of children in the next level is a node's, and the node's own column."""
+        if frontier.level == 0:
+            return np.zeros(frontier.num_rows, dtype=np.int64), frontier.reqs
+        first = sum(columns.shape[1] for columns in self._columns[:-1])
+        places = frontier.parents.columns[frontier.rows >= 0] - first
+        above = self._columns[-1][frontier.reqs, places]
+        parents = self._parents(frontier.level + 1)[frontier.reqs]
+        return (parents == above[:, None]).argmax(axis=1), above
+
+    def _parents(self, depth: int) -> Ints:
+        """[num_reqs, num_groups] column of the node whose children each group of a level holds."""
+        columns = self._recorded.columns(depth)
+        groups = slice(columns.start, columns.stop, self._recorded.top_k)
+        return self._recorded.trace.parents[self._rows, groups].astype(np.int64)
+
+    def within_reach(self, chosen: Bools, level_pool: CandidatePool) -> Bools:
+        depth = len(self._columns)
+        if depth == self._recorded.max_depth:
+            return np.zeros_like(chosen)
         # What was not expanded when the trace was taken cannot be expanded now.
-        has_children = np.zeros(expanded.shape, dtype=np.bool_)
-        following = trace.parents[rows, recorded.columns(depth + 1)].astype(np.int64)
-        np.put_along_axis(has_children, np.maximum(following, 0), True, axis=1)
-        chosen = chosen & has_children[:, columns]
-        if not chosen.any():
-            break
-        expanded[:, columns] = chosen
-        level_rows.append(int(chosen.sum()))
-    return CandidatePool.concatenate(levels), level_rows
+        expanded = np.zeros((self._rows.size, self._recorded.depths.size), dtype=np.bool_)
+        parents = self._parents(depth + 1)
+        np.put_along_axis(expanded, np.maximum(parents, 0), True, axis=1)
+        return chosen & np.take_along_axis(expanded, self._columns[-1], axis=1)
 
+    def accepted(self) -> Bools:
+        """[num_reqs, pool_size] candidates on the answer's own path."""
+        columns = np.concatenate(self._columns, axis=1)
+        truth = np.take_along_axis(self._recorded.accepted[self._rows], columns, axis=1)
+        return truth & self._here[:, None]
 
-def _observe_children(
-    policy: DraftPolicy,
-    batch: Batch,
-    depth: int,
-    level: CandidatePool,
-    above: CandidatePool,
-    recorded,
-) -> None:
-    """Children come in groups of ``top_k``, a group for each node that was expanded in the recording."""
-    top_k = recorded.top_k
-    first = recorded.columns(depth - 1).start
-    parents = level.parents[:, ::top_k] - first
-    inside = np.clip(parents, 0, above.survivals.shape[1] - 1)
-    children = level.survivals.reshape(parents.shape[0], -1, top_k)
-    drafted = children.max(axis=2) > 0
-    policy.observe_children(
-        batch,
-        depth - 1,
-        np.take_along_axis(above.strata, inside, axis=1),
-        np.where(drafted, np.take_along_axis(above.survivals, inside, axis=1), 0.0),
-        children,
-    )
+    def depths(self) -> Ints:
+        """[pool_size] depth of each candidate."""
+        sizes = [columns.shape[1] for columns in self._columns]
+        return np.repeat(np.arange(1, len(sizes) + 1), sizes)
 
 
 def oracle(

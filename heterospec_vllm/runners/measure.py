@@ -13,7 +13,7 @@ import torch
 from vllm.logger import init_logger
 
 from heterospec_vllm.arrays import Floats, Ints
-from heterospec_vllm.draft.tree_drafter import TreeDrafter
+from heterospec_vllm.draft.base import Drafter
 from heterospec_vllm.policy.cost import ROW_KNOTS, TOKEN_KNOTS, StepCosts, table_from_samples
 
 logger = init_logger(__name__)
@@ -26,17 +26,17 @@ LEAST_SIZES, LEAST_ROUNDS = 3, 3
 SIZES_SECONDS, MOST_SECONDS = 1.0, 4.0
 
 
-def measure_costs(runner: Any, proposer: TreeDrafter) -> StepCosts:
+def measure_costs(runner: Any, drafter: Drafter) -> StepCosts:
     """Times the target's forward pass with logits, and the head's, over a few batch sizes, on dummy inputs.
 
     Attention, sampling and host work are not in it: they show in the first real steps. Touches no KV. Of each size the
     fastest run counts: whatever else the machine does meanwhile adds time to some runs, and more to long ones.
     """
     start = time.perf_counter()
-    most = min(runner.max_num_tokens, proposer.max_num_tokens)
+    most = min(runner.max_num_tokens, drafter.max_num_tokens)
     with torch.inference_mode():
-        verify = _measure(partial(_target, runner, proposer), TOKENS, most)
-        level = _measure(proposer.time_pass, ROWS, most)
+        verify = _measure(partial(_target, runner, drafter), TOKENS, most)
+        level = _measure(drafter.time_pass, ROWS, most)
     logger.info("heterospec: measured step costs in %.1f s", time.perf_counter() - start)
     return StepCosts(
         verify=table_from_samples(TOKEN_KNOTS, *verify, typical=np.min),
@@ -72,8 +72,8 @@ def _measure(run: Callable[[int], None], sizes: tuple[int, ...], most: int) -> t
     return np.array(counts), np.array(seconds)
 
 
-def _target(runner: Any, proposer: TreeDrafter, num_tokens: int) -> None:
-    with proposer.silent():
+def _target(runner: Any, drafter: Drafter, num_tokens: int) -> None:
+    with drafter.silent():
         hidden, _ = runner._dummy_run(num_tokens)
     logits = runner.model.compute_logits(hidden[:num_tokens])
     logits.argmax(dim=-1).cpu()  # waits for a GPU

@@ -70,7 +70,7 @@ class SpeculatingRunner:
         self._plain_reasons: dict[str, str | None] = {}
         self._node_caps: dict[str, int] = {}
         self._logged_reasons: set[str] = set()
-        self._step = Step({})
+        self._step = Step()
         path = metrics_file_of(vllm_config)
         opened = (
             open_metrics_file(path) if path is not None else None,
@@ -168,7 +168,7 @@ class SpeculatingRunner:
     def read_counters(self, reset: bool) -> dict[str, Any]:
         counters = self.counters.as_dict()
         if reset:
-            self.controller.counters = StepCounters()
+            self.controller.reset_counters()
         return counters
 
     def _match_drafts(self, scheduler_output: SchedulerOutput) -> tuple[Step, SchedulerOutput]:
@@ -178,12 +178,12 @@ class SpeculatingRunner:
         """
         scheduled = scheduler_output.scheduled_spec_decode_tokens
         num_tokens = scheduler_output.total_num_scheduled_tokens
-        verified = self.controller.match(
+        matched = self.controller.match(
             scheduled, num_tokens, len(scheduler_output.num_scheduled_tokens)
         )
         if scheduled:
-            scheduler_output = with_drafts(scheduler_output, verified)
-        return Step(verified, scheduler_output.total_num_scheduled_tokens), scheduler_output
+            scheduler_output = with_drafts(scheduler_output, matched.tokens)
+        return Step(matched, scheduler_output.total_num_scheduled_tokens), scheduler_output
 
     def _publish(self) -> None:
         with CLOCK.span("publish"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model Runner V1 with tree speculation: a thin adapter between vLLM's step and the proposer and scorer.
+"""Model Runner V1 with tree speculation: a thin adapter between vLLM's step and the drafter and scorer.
 
 One step: ``execute_model`` matches the scheduled drafts with their trees -> ``_may_reorder_batch`` puts tree
 requests first -> ``_prepare_inputs`` rewrites positions and hands the attention builders the tree rows -> target
@@ -23,8 +23,8 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
 from heterospec_vllm.arrays import Ints
-from heterospec_vllm.draft.eagle_v1 import HeteroSpecProposer
-from heterospec_vllm.draft.progress import HeadProgress
+from heterospec_vllm.draft.base import StepOutput
+from heterospec_vllm.draft.eagle_v1 import EagleDrafterV1
 from heterospec_vllm.draft.true_tokens import TrueTokens, gather_rows
 from heterospec_vllm.engine.step import Step, prompt_left, true_rows, without_speculation
 from heterospec_vllm.kernels.cpu.tree_attention import is_available
@@ -46,7 +46,7 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
-        self.drafter = HeteroSpecProposer(vllm_config, device, self)
+        self.drafter = EagleDrafterV1(vllm_config, device, self)
         self.start_speculation(vllm_config, self.drafter)
         self.scorer = TreeScorer(self.sampler)
         self._kv_caches_of_target: list[torch.Tensor] = []
@@ -111,8 +111,8 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
             early = np.nonzero(~masked[:count])[0]
             for i, j in zip(early.tolist(), late.tolist(), strict=True):
                 batch.swap_states(i, j)
-        if step.verified:
-            step.trees = self.controller.trees_for(batch.req_ids)
+        if step.matched.tokens:
+            step.trees = step.matched.trees_of(batch.req_ids)
 
     def _masked(self, scheduler_output: SchedulerOutput) -> np.ndarray:
         """[num_reqs] bool: drafts, and what else our op is the faster one for."""
@@ -120,7 +120,7 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
         if choice.decodes and choice.prompts:
             return np.ones(len(req_ids), dtype=np.bool_)
         num_scheduled = scheduler_output.num_scheduled_tokens
-        drafts = self._step.verified if self._draws_trees() else {}
+        drafts = self._step.matched.tokens if self._draws_trees() else {}
         by_rows = [choice.decodes if num_scheduled[r] == 1 else choice.prompts for r in req_ids]
         # Bool also for a step that only ends requests and has none.
         return np.logical_or(by_rows, [r in drafts for r in req_ids])
@@ -255,7 +255,7 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
         self._kv_caches_of_target = []
         super().initialize_kv_cache(*args, **kwargs)
         block_size = self.input_batch.block_table[self.drafter.kv_cache_gid].block_size
-        self.controller.progress = HeadProgress(self.kv_cache_config.num_blocks, block_size)
+        self.drafter.start_reading(self.kv_cache_config.num_blocks, block_size)
 
     # ---- step: drafting
 
@@ -288,9 +288,8 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
             tokens = self._true_tokens(
                 scheduler_output, sampled_token_ids, aux_hidden_states, common_attn_metadata
             )
-            return self.controller.draft(
-                req_ids, tokens, demand, self._temperatures(), self._step.num_tokens
-            )
+            output = StepOutput(req_ids, tokens, demand, self._temperatures())
+            return self.controller.draft(output, self._step.num_tokens)
 
     def _prompt_left(self) -> Ints:
         """[num_reqs] tokens of each prompt that are read after this step."""

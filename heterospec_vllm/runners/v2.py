@@ -21,8 +21,8 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.spec_decode.eagle.eagle3_utils import get_eagle3_aux_layers_from_config
 
 from heterospec_vllm.arrays import Ints
-from heterospec_vllm.draft.eagle_v2 import HeteroSpecSpeculator, tree_reason_of
-from heterospec_vllm.draft.progress import HeadProgress
+from heterospec_vllm.draft.base import StepOutput
+from heterospec_vllm.draft.eagle_v2 import EagleDrafterV2, tree_reason_of
 from heterospec_vllm.draft.true_tokens import TrueTokens
 from heterospec_vllm.engine.step import Step, true_rows
 from heterospec_vllm.kernels.gpu.kv_compact import KVLayers
@@ -36,11 +36,11 @@ from heterospec_vllm.verify.scorer_v2 import DeviceScorer
 class HeteroSpecGPUModelRunner(SpeculatingRunner, GPUModelRunner):
     """vLLM's runner; every override calls the original and adds what a tree needs."""
 
-    speculator: HeteroSpecSpeculator
+    speculator: EagleDrafterV2
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
-        self.speculator = HeteroSpecSpeculator(vllm_config, device)
+        self.speculator = EagleDrafterV2(vllm_config, device)
         self.speculator.on_propose = self._draft
         self.start_speculation(vllm_config, self.speculator)
         self._requests: dict[str, NewRequestData] = {}
@@ -67,7 +67,7 @@ class HeteroSpecGPUModelRunner(SpeculatingRunner, GPUModelRunner):
             if set(group.layer_names) - self.speculator.draft_attn_layer_names
         )
         gid = self.speculator.kv_cache_gid
-        self.controller.progress = HeadProgress(
+        self.speculator.start_reading(
             self.kv_cache_config.num_blocks, self.block_tables.block_sizes[gid]
         )
         reason = tree_reason_of(self.attn_groups) or self.speculator.tree_reason()
@@ -109,7 +109,7 @@ class HeteroSpecGPUModelRunner(SpeculatingRunner, GPUModelRunner):
         **kwargs: Any,
     ) -> Any:
         if dummy_run:
-            self._step = Step({})
+            self._step = Step()
         else:
             self._step, scheduler_output = self._match_drafts(scheduler_output)
             self.counters.steps += bool(scheduler_output.total_num_scheduled_tokens)
@@ -125,11 +125,11 @@ class HeteroSpecGPUModelRunner(SpeculatingRunner, GPUModelRunner):
         self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any
     ) -> InputBatch:
         step = self._step
-        if step.verified:
-            self._place_drafts(step.verified)
+        if step.matched.tokens:
+            self._place_drafts(step.matched.tokens)
         batch = super().prepare_inputs(scheduler_output, *args, **kwargs)
-        if step.verified:
-            step.trees = self.controller.trees_for(batch.req_ids)
+        if step.matched.tokens:
+            step.trees = step.matched.trees_of(batch.req_ids)
             ends = batch.query_start_loc_np[1 : batch.num_reqs + 1].astype(np.int64)
             step.root_rows = ends - step.trees.num_nodes - 1
             self.scorer.trees = step.trees
@@ -243,9 +243,8 @@ class HeteroSpecGPUModelRunner(SpeculatingRunner, GPUModelRunner):
         demand = demand.only(fits & wanted)
         tokens = self._true_tokens(input_batch, aux_hidden_states, rows, num_tokens, emits)
         with CLOCK.span("draft"):
-            drafts = self.controller.draft(
-                req_ids, tokens, demand, self._temperatures(input_batch), self._step.num_tokens
-            )
+            output = StepOutput(req_ids, tokens, demand, self._temperatures(input_batch))
+            drafts = self.controller.draft(output, self._step.num_tokens)
         self._drafts = DraftTokenIds(req_ids, drafts)
 
     def _true_tokens(

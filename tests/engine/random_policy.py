@@ -9,8 +9,30 @@ from __future__ import annotations
 
 import numpy as np
 
-from heterospec_vllm.policy.base import Batch, DraftPolicy, Level
+from heterospec_vllm.policy.base import Batch, DraftPolicy, FixedPlan, Level
 from heterospec_vllm.policy.decisions import TreeShape
+
+
+class RandomPlan(FixedPlan):
+    def __init__(self, batch: Batch, shape: TreeShape, rng: np.random.Generator) -> None:
+        super().__init__(batch, shape)
+        self._rng = rng
+
+    def survivals(self, depth, log_probs, strata, parent_survivals):
+        random = self._rng.uniform(0.05, 1.0, log_probs.shape) * parent_survivals
+        return np.where(log_probs > -np.inf, random, 0.0)
+
+    def expand(self, level: Level):
+        if level.depth >= self.shape.max_depth:
+            return np.zeros(level.log_probs.shape, dtype=np.bool_)
+        return (self._rng.random(level.log_probs.shape) < 0.4) & (level.survivals > 0)
+
+    def propose(self, survivals, draft_seconds):
+        most = np.minimum(self.batch.limits, (survivals > 0).sum(axis=1))
+        return self._rng.integers(0, most + 1)
+
+    def keep(self, survivals, num_nodes, other_tokens, num_reqs, context):
+        return self._rng.integers(0, num_nodes + 1)
 
 
 class RandomPolicy(DraftPolicy):
@@ -26,21 +48,8 @@ class RandomPolicy(DraftPolicy):
     def is_worth_reading(self, num_unread, tokens_left, num_reqs, context):
         return self._rng.random(num_unread.size) < 0.8
 
-    def survivals(self, batch, depth, log_probs, strata, parent_survivals):
-        random = self._rng.uniform(0.05, 1.0, log_probs.shape) * parent_survivals
-        return np.where(log_probs > -np.inf, random, 0.0)
-
-    def expand(self, batch: Batch, level: Level):
-        if level.depth >= self.shape.max_depth:
-            return np.zeros(level.log_probs.shape, dtype=np.bool_)
-        return (self._rng.random(level.log_probs.shape) < 0.4) & (level.survivals > 0)
-
-    def propose(self, batch: Batch, survivals, draft_seconds):
-        most = np.minimum(batch.limits, (survivals > 0).sum(axis=1))
-        return self._rng.integers(0, most + 1)
-
-    def keep(self, survivals, num_nodes, other_tokens, num_reqs, context):
-        return self._rng.integers(0, num_nodes + 1)
+    def plan(self, batch: Batch, scope="all"):
+        return RandomPlan(batch, self.shape, self._rng)
 
 
 def install(
@@ -57,4 +66,4 @@ def install(
     """
     controller = worker.model_runner.controller
     controller.policy = RandomPolicy(TreeShape(num_nodes, max_depth, top_k), seed)
-    controller.progress._max_bytes = kept_bytes
+    controller.drafter.reader.progress._max_bytes = kept_bytes

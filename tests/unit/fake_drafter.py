@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from heterospec_vllm.draft.growth import Parents, children_of, frontier, level_of
-from heterospec_vllm.policy.base import Batch, DraftPolicy
+from heterospec_vllm.draft.growth import Frontier, grow
+from heterospec_vllm.policy.base import Batch, DraftPlan, DraftPolicy, Scope
 from heterospec_vllm.policy.cost import ROW_KNOTS, TOKEN_KNOTS, CostTable, StepCosts
 from heterospec_vllm.tree.pool import CandidatePool
 from heterospec_vllm.tree.trees import DraftTrees
@@ -18,6 +18,7 @@ Head = Callable[[int, int], np.ndarray]
 
 @dataclass
 class Drafted:
+    plan: DraftPlan
     pool: CandidatePool
     trees: DraftTrees
     expanded: list[np.ndarray]  # [num_reqs, num_candidates] of each level
@@ -32,48 +33,45 @@ def batch_of(num_reqs: int, limit: int = 63, num_decoding: int | None = None) ->
     )
 
 
-def draft(policy: DraftPolicy, batch: Batch, head: Head, seconds: float = 0.0) -> Drafted:
-    """What `HeteroSpecProposer` does between the first pass and the finished trees."""
-    num_reqs, top_k = batch.limits.size, policy.shape.top_k
-    parent = Parents.roots(num_reqs)
-    rows = np.arange(num_reqs)[:, None]
-    pools: list[CandidatePool] = []
-    expanded = []
-    meta = np.zeros(num_reqs, dtype=np.float32)
-    depth, size = 0, 0
-    while True:
-        depth += 1
-        reqs = np.nonzero(rows >= 0)[0]
+class FakeHead:
+    """Children by a function instead of a forward pass; notes what the plan chose."""
+
+    def __init__(self, head: Head, top_k: int) -> None:
+        self._head, self._top_k = head, top_k
+        self.expanded: list[np.ndarray] = []
+
+    def children(self, frontier: Frontier) -> tuple[np.ndarray, np.ndarray]:
+        depth = frontier.level + 1
+        probs = [self._head(req, depth) for req in frontier.reqs.tolist()]
         with np.errstate(divide="ignore"):
-            local = np.log(np.array([head(req, depth) for req in reqs], dtype=np.float32))
-        tokens = np.tile(np.arange(top_k), (len(reqs), 1))
-        pool = children_of(policy, batch, depth, parent, rows, tokens, local)
-        pools.append(pool)
-        if depth > 1:
-            children = pool.survivals.reshape(*rows.shape, top_k)
-            policy.observe_children(batch, depth - 1, parent.strata, parent.survivals, children)
-        if depth >= policy.max_depth:
-            break
-        chosen = policy.expand(batch, level_of(policy, depth, pool, parent, meta))
-        expanded.append(chosen)
-        if not chosen.any():
-            break
-        parent, rows = packed(chosen, rows, pool, size)
-        size += pool.tokens.shape[1]
-    pool = CandidatePool.concatenate(pools)
+            local = np.log(np.array(probs, dtype=np.float32))
+        return np.tile(np.arange(self._top_k), (frontier.num_rows, 1)), local
+
+    def within_reach(self, chosen: np.ndarray, level_pool: CandidatePool) -> np.ndarray:
+        self.expanded.append(chosen)
+        return chosen
+
+
+class NoLedger:
+    """Nobody looks at the clock."""
+
+    def begin_level(self) -> None:
+        pass
+
+    def end_level(self, depth: int, num_rows: int) -> None:
+        pass
+
+
+def draft(
+    policy: DraftPolicy, batch: Batch, head: Head, seconds: float = 0.0, scope: Scope = "all"
+) -> Drafted:
+    """What a drafter does between the first pass and the finished trees."""
+    plan = policy.plan(batch, scope)
+    children = FakeHead(head, plan.top_k)
+    pool = grow(policy, plan, children, NoLedger()).pool
     ranked = pool.ranked(63)
-    num_nodes = policy.propose(batch, ranked.survivals, seconds)
-    return Drafted(pool, DraftTrees.from_pool(pool, num_nodes, ranked), expanded)
-
-
-def packed(
-    chosen: np.ndarray, rows: np.ndarray, pool: CandidatePool, first_column: int
-) -> tuple[Parents, np.ndarray]:
-    """The chosen candidates of a level as parents of the next one, and their rows in the head's batch."""
-    no_tail = np.zeros((rows.max() + 1, 0), dtype=np.int32)
-    columns = pool.tokens, pool.log_probs, pool.survivals, pool.entropies, pool.strata
-    *of_parents, own, _, _, _, _, _ = frontier(chosen, rows, *columns, first_column, no_tail, 0)
-    return Parents(*of_parents), own
+    num_nodes = plan.propose(ranked.survivals, seconds)
+    return Drafted(plan, pool, DraftTrees.from_pool(pool, num_nodes, ranked), children.expanded)
 
 
 def depths_of(drafted: Drafted) -> list[int]:

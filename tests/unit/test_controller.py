@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the controller says of steps in which nothing is verified, and what it tells the policy of them."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import torch
 
+from heterospec_vllm.draft.base import Drafted, StepOutput
 from heterospec_vllm.draft.progress import HeadProgress
+from heterospec_vllm.draft.reading import HeadReader
 from heterospec_vllm.draft.true_tokens import TrueTokens
 from heterospec_vllm.engine.controller import Controller
 from heterospec_vllm.policy.base import Cycle, Demand, PlainPolicy
@@ -16,9 +16,9 @@ from heterospec_vllm.policy.decisions import TreeShape
 def test_a_plain_step_has_no_budget() -> None:
     controller = Controller(None, PlainPolicy(TreeShape(1, 1, 1)))  # type: ignore[arg-type] - nothing is drafted
     controller.counters.budget = 5  # of the step before
-    assert controller.match({}, num_tokens=3, num_reqs=3) == {}
+    assert controller.match({}, num_tokens=3, num_reqs=3).tokens == {}
     assert controller.counters.budget == 0
-    assert controller.match({"gone": [1, 2]}, num_tokens=5, num_reqs=3) == {}
+    assert controller.match({"gone": [1, 2]}, num_tokens=5, num_reqs=3).tokens == {}
     assert controller.counters.budget == 0 and controller.counters.dropped_drafts == 1
 
 
@@ -48,15 +48,28 @@ def draft_for_one(controller: Controller, first: int, count: int, demand: Demand
         block_table=torch.ones(1, 1, dtype=torch.int32),
         context_starts=np.zeros(1, dtype=np.int64),
     )
-    controller.draft(["r1"], tokens, demand, np.zeros(1, dtype=np.int64), num_step_tokens=count)
+    step = StepOutput(["r1"], tokens, demand, np.zeros(1, dtype=np.int64))
+    controller.draft(step, num_step_tokens=count)
+
+
+class ReadsOnly:
+    """A drafter that reads and never drafts; notes the positions of what it read and for how many it could draft."""
+
+    def __init__(self) -> None:
+        self.fed: list[tuple[list[int], int]] = []
+        self._reader = HeadReader(HeadProgress(num_blocks=8, block_size=16))
+
+    def propose_trees(self, policy, scope, step) -> Drafted:
+        feed = self._reader.feed(policy, scope, step)
+        if feed.tokens is not None:
+            self.fed.append((feed.tokens.positions.tolist(), int((feed.limits > 0).sum())))
+        return Drafted(feed.reading)
 
 
 def test_steps_in_which_nobody_could_be_drafted_for_say_nothing_of_drafts() -> None:
     """A phase of grammars alone would pass for speculation that earns nothing."""
     policy = Heard()
-    proposer = SimpleNamespace(propose_trees=lambda *_: None)
-    controller = Controller(proposer, policy)  # type: ignore[arg-type]
-    controller.progress = HeadProgress(num_blocks=8, block_size=16)
+    controller = Controller(ReadsOnly(), policy)  # type: ignore[arg-type]
     for position, limit in enumerate((0, 0, 3, 3, 0)):
         controller.match({}, num_tokens=1, num_reqs=1)
         demand = Demand(np.array([True]), np.array([limit]), np.array([9]), np.array([0]))
@@ -75,14 +88,8 @@ class Reads(Heard):
 
 
 def test_an_unread_request_is_kept_and_read_when_it_is_worth_it() -> None:
-    fed: list[tuple[list[int], int]] = []
-
-    def propose_trees(policy, batch, drafting, tokens):
-        fed.append((tokens.positions.tolist(), drafting.size))
-
-    policy = Reads()
-    controller = Controller(SimpleNamespace(propose_trees=propose_trees), policy)  # type: ignore[arg-type]
-    controller.progress = HeadProgress(num_blocks=8, block_size=16)
+    policy, drafter = Reads(), ReadsOnly()
+    controller = Controller(drafter, policy)  # type: ignore[arg-type]
     unread = []
     # A prompt of 5 tokens in two parts, then a token a step.
     for first, count, prompt_left, tokens_left in [
@@ -95,7 +102,7 @@ def test_an_unread_request_is_kept_and_read_when_it_is_worth_it() -> None:
         draft_for_one(controller, first, count, demand)
         unread.append(policy.unread)
     assert unread == [[5], [5], [6], [7], [1]]
-    assert fed == [([0, 1, 2, 3, 4, 5, 6], 1), ([7], 1)]
+    assert drafter.fed == [([0, 1, 2, 3, 4, 5, 6], 1), ([7], 1)]
     assert controller.counters.unread_requests == 3 and controller.counters.caught_up_tokens == 6
     # Nothing was drafted behind the steps that left it unread, so they are no measure of drafts.
     assert [cycle.speculated for cycle in policy.cycles] == []

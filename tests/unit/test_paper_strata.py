@@ -18,7 +18,7 @@ def edges_of(depth: int, *, profile: bool = True) -> list[float]:
     config = HeteroSpecConfig(method="heterospec", model="head", policy="paper", max_depth=depth)
     policy = make_policy(config, 16, load_profile(SHIPPED) if profile else None, None)
     assert isinstance(policy, PaperPolicy)
-    return policy._edges.tolist()
+    return policy.edges.tolist()
 
 
 def test_the_depth_of_the_profile_has_its_own_edges() -> None:

@@ -7,7 +7,7 @@ from fake_drafter import Drafted, batch_of, depths_of, draft, step_costs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heterospec_vllm.policy.base import DraftPolicy, PlainPolicy
+from heterospec_vllm.policy.base import FixedPolicy, PlainPolicy
 from heterospec_vllm.policy.cost import TOKEN_KNOTS, CostTable
 from heterospec_vllm.policy.decisions import TreeShape, tree_shape
 from heterospec_vllm.policy.marginal import MarginalPolicy
@@ -42,7 +42,7 @@ def random_head(seed: int):
 @few
 @given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.integers(1, 16))
 def test_a_static_tree_expands_exactly_the_beam(seed: int, depth: int, num_nodes: int) -> None:
-    policy = DraftPolicy(TreeShape(num_nodes, depth, 4))
+    policy = FixedPolicy(TreeShape(num_nodes, depth, 4))
     drafted = draft(policy, batch_of(2), random_head(seed))
     assert depths_of(drafted) == [depth, depth]
     start = 0
@@ -55,7 +55,7 @@ def test_a_static_tree_expands_exactly_the_beam(seed: int, depth: int, num_nodes
 
 
 def test_a_static_tree_is_cut_to_its_budget_and_the_limits() -> None:
-    policy = DraftPolicy(SHAPE)
+    policy = FixedPolicy(SHAPE)
     batch = batch_of(3)
     batch.limits[:] = [0, 5, 63]
     drafted = draft(policy, batch, each(SURE, FAIR, UNSURE))
@@ -65,11 +65,11 @@ def test_a_static_tree_is_cut_to_its_budget_and_the_limits() -> None:
         np.where(drafted.trees.survivals > 0, np.exp(drafted.trees.log_probs), 0), rel=1e-5
     )
     scheduled = np.array([0, 3, 16])
-    assert (policy.keep(drafted.trees.survivals, scheduled, 900, 3, 0.0) == scheduled).all()
+    assert (drafted.plan.keep(drafted.trees.survivals, scheduled, 900, 3, 0.0) == scheduled).all()
 
 
 def test_a_chain_is_one_path() -> None:
-    policy = DraftPolicy(tree_shape("chain", 16, 6, 8))
+    policy = FixedPolicy(tree_shape("chain", 16, 6, 8))
     drafted = draft(policy, batch_of(2), lambda req, depth: np.array([0.4]))
     assert drafted.trees.num_nodes.tolist() == [6, 6]
     assert drafted.trees.is_chain.all() and drafted.trees.max_depth == 6
@@ -77,7 +77,7 @@ def test_a_chain_is_one_path() -> None:
 
 def test_plain_drafts_nothing() -> None:
     assert PlainPolicy(SHAPE).scope(1, 0.0) == "none"
-    assert DraftPolicy(SHAPE).scope(1, 0.0) == "all"
+    assert FixedPolicy(SHAPE).scope(1, 0.0) == "all"
 
 
 # ---- HeteroSpec's formulas
@@ -95,7 +95,7 @@ def test_paper_goes_deeper_and_prunes_where_it_is_sure(
 ) -> None:
     """N = 17 with the root, alpha = 3; strata 0, 2 and 3: 0.3 N rounded + 3 - i, N + 3 - i, N."""
     policy = PaperPolicy(SHAPE, EDGES, max_nodes=63, first_index=first_index)
-    assert policy.max_depth == 9
+    assert policy.plan(batch_of(1)).max_depth == 9
     for size in (3, 2, 3):  # nothing of a draft is left to the next
         drafted = draft(policy, batch_of(size), each(SURE, FAIR, UNSURE))
         assert depths_of(drafted) == depths[:size]
@@ -113,7 +113,7 @@ def test_paper_stays_within_the_room_that_vllm_makes() -> None:
 def test_paper_without_low_strata_is_the_static_tree() -> None:
     never = (-3.0, -2.0, -1.0)
     paper = draft(PaperPolicy(SHAPE, never, max_nodes=63), batch_of(1), each(UNSURE))
-    static = draft(DraftPolicy(SHAPE), batch_of(1), each(UNSURE))
+    static = draft(FixedPolicy(SHAPE), batch_of(1), each(UNSURE))
     assert paper.trees.log_probs.tolist() == static.trees.log_probs.tolist()
     assert depths_of(paper) == depths_of(static)
 
@@ -127,9 +127,9 @@ def marginal(**costs: float) -> MarginalPolicy:
 
 def test_no_more_nodes_are_handed_over_than_there_are() -> None:
     batch, survivals = batch_of(2), np.array([[0.9, 0.0, 0.0], [0.9, 0.8, 0.7]])
-    assert DraftPolicy(SHAPE).propose(batch, survivals, 0.0).tolist() == [1, 3]
+    assert FixedPolicy(SHAPE).plan(batch).propose(survivals, 0.0).tolist() == [1, 3]
     free = marginal(node=0.0)
-    assert free.propose(batch, survivals, 0.0).tolist() == [1, 3]
+    assert free.plan(batch).propose(survivals, 0.0).tolist() == [1, 3]
 
 
 @pytest.mark.parametrize("depth", [1, 2, 6])
@@ -137,7 +137,7 @@ def test_no_more_nodes_are_handed_over_than_there_are() -> None:
 def test_a_poisoned_head_drafts_nothing(kind: str, depth: int) -> None:
     shape = TreeShape(16, depth, 4)
     policy = {
-        "static": lambda: DraftPolicy(shape),
+        "static": lambda: FixedPolicy(shape),
         "paper": lambda: PaperPolicy(shape, EDGES, max_nodes=16),
         "marginal": lambda: MarginalPolicy(shape, step_costs()),
     }[kind]()
@@ -189,8 +189,8 @@ def test_prefill_of_others_makes_the_step_verify_less() -> None:
     scheduled = drafted.trees.num_nodes
     survivals = drafted.trees.survivals
     assert scheduled[0] > 8
-    assert policy.keep(survivals, scheduled, 1, 1, 100.0)[0] == scheduled[0]
-    assert policy.keep(survivals, scheduled, 30, 2, 100.0)[0] == min(scheduled[0], 2)
+    assert drafted.plan.keep(survivals, scheduled, 1, 1, 100.0)[0] == scheduled[0]
+    assert drafted.plan.keep(survivals, scheduled, 30, 2, 100.0)[0] == min(scheduled[0], 2)
 
 
 # ---- the marginal policy: on and off
@@ -263,13 +263,13 @@ def test_a_probe_verifies_a_few_nodes_whatever_they_cost() -> None:
         pass
     batch = batch_of(2)
     batch.limits[:] = [1, 63]
-    drafted = draft(policy, batch, each(FAIR, UNSURE))
+    drafted = draft(policy, batch, each(FAIR, UNSURE), scope="probe")
     assert drafted.trees.num_nodes.tolist() == [1, policy.probe_nodes]
     scheduled = drafted.trees.num_nodes
-    assert (policy.keep(drafted.trees.survivals, scheduled, 2, 2, 0.0) == scheduled).all()
+    assert (drafted.plan.keep(drafted.trees.survivals, scheduled, 2, 2, 0.0) == scheduled).all()
     # The step after a probe is no probe.
     assert policy.scope(LARGE, 0.0) == "none"
-    assert policy.keep(drafted.trees.survivals, scheduled, 2, 2, 0.0).tolist() == [0, 0]
+    assert drafted.plan.keep(drafted.trees.survivals, scheduled, 2, 2, 0.0).tolist() == [0, 0]
 
 
 def test_probes_of_a_better_head_bring_speculation_back() -> None:
@@ -282,7 +282,7 @@ def test_probes_of_a_better_head_bring_speculation_back() -> None:
             break
         if scope == "probe":
             probes += 1
-            draft(policy, batch_of(1), each(SURE), seconds=0.004)
+            draft(policy, batch_of(1), each(SURE), seconds=0.004, scope="probe")
     assert scope == "all" and 1 <= probes <= 4
 
 
@@ -353,7 +353,7 @@ def test_whatever_is_chosen_is_a_connected_prefix_within_limits(
 ) -> None:
     shape = tree_shape(kind, *bounds, top_k=4)  # type: ignore[arg-type]
     most, deepest = shape.num_nodes, shape.max_depth
-    policy = DraftPolicy(shape)
+    policy = FixedPolicy(shape)
     if kind == "paper":
         policy, most = PaperPolicy(shape, EDGES, max_nodes=24), 24
         deepest += -(-deepest // 2)
@@ -362,17 +362,19 @@ def test_whatever_is_chosen_is_a_connected_prefix_within_limits(
     head = random_head(seed)
     rng = np.random.default_rng(seed)
     for step in range(3):
-        policy.scope(len(limits), 0.0)
+        scope = policy.scope(len(limits), 0.0)
         batch = batch_of(len(limits), num_decoding=len(limits) + step)
         batch.limits[:] = limits
-        drafted = draft(policy, batch, lambda req, depth: head(req, depth)[: shape.top_k])
+        drafted = draft(
+            policy, batch, lambda req, depth: head(req, depth)[: shape.top_k], scope=scope
+        )
         trees = drafted.trees
         trees.check()
         assert (trees.num_nodes <= np.minimum(limits, most)).all()
         assert max(depths_of(drafted)) <= deepest and trees.max_depth <= deepest
-        assert all((chosen.sum(axis=1) <= policy.beam).all() for chosen in drafted.expanded)
+        assert all((chosen.sum(axis=1) <= drafted.plan.beam).all() for chosen in drafted.expanded)
         scheduled = rng.integers(0, trees.num_nodes + 1)
         cut = trees.take(np.arange(len(limits)), scheduled)
-        kept = policy.keep(cut.survivals, scheduled, 5, len(limits) + step, 0.0)
+        kept = drafted.plan.keep(cut.survivals, scheduled, 5, len(limits) + step, 0.0)
         assert ((kept >= 0) & (kept <= scheduled)).all()
         cut.take(np.arange(len(limits)), kept).laid_out().check()

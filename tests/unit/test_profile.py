@@ -19,7 +19,7 @@ from heterospec_vllm.config import METHOD, ConfigSource, HeteroSpecConfig, parse
 from heterospec_vllm.engine.make_policy import make_policy
 from heterospec_vllm.machine import machine_name
 from heterospec_vllm.policy import profile as profiles
-from heterospec_vllm.policy.base import DraftPolicy, PlainPolicy
+from heterospec_vllm.policy.base import FixedPolicy, PlainPolicy
 from heterospec_vllm.policy.marginal import MarginalPolicy
 from heterospec_vllm.policy.paper import PaperPolicy
 from heterospec_vllm.policy.profile import (
@@ -280,8 +280,8 @@ def config(policy: str, **options: Any) -> HeteroSpecConfig:
     ("name", "kind", "num_nodes"),
     [
         ("plain", PlainPolicy, 12),
-        ("chain", DraftPolicy, 6),
-        ("static", DraftPolicy, 12),
+        ("chain", FixedPolicy, 6),
+        ("static", FixedPolicy, 12),
         ("paper", PaperPolicy, 12),
         ("marginal", MarginalPolicy, 12),
     ],
@@ -298,10 +298,10 @@ def test_paper_takes_its_options_and_the_profile_s_edges() -> None:
     options = {"meta_path": "B", "paper_first_index": 1}
     policy = make_policy(config("paper", **options), 16, fitted, None)
     assert isinstance(policy, PaperPolicy)
-    assert policy.reading == "B" and policy._first_index == 1
-    assert policy._edges.tolist() == fitted.paper_edges
+    assert policy.reading == "B" and policy.first_index == 1
+    assert policy.edges.tolist() == fitted.paper_edges
     policy = make_policy(config("paper"), 16, None, None)
-    assert isinstance(policy, PaperPolicy) and policy._edges.size == 7
+    assert isinstance(policy, PaperPolicy) and policy.edges.size == 7
 
 
 def test_marginal_starts_from_the_profile() -> None:

@@ -172,5 +172,7 @@ def test_cost_recorders_note_every_time() -> None:
     policy.observe_level(4, 0.3)
     expected = {"steps": [(5, 2, 100.0, 0.1)], "first_passes": [(3, 0.2)], "levels": [(4, 0.3)]}
     assert policy.samples() == expected
-    turns = [(policy.scope(1, 0.0), policy.shape.num_nodes, policy.max_depth) for _ in range(4)]
+    turns = [
+        (policy.scope(1, 0.0), policy.shape.num_nodes, policy.shape.max_depth) for _ in range(4)
+    ]
     assert turns == [("all", 4, 2), ("pause", 4, 2), ("all", 1, 1), ("all", 4, 2)]
