@@ -27,6 +27,8 @@ METHOD = "heterospec"
 # `model` value that means the head shipped with the package for the embedded demo target.
 BUILTIN_HEAD = "builtin:smollm2-135m"
 MAX_NODES = 63
+MAX_DEPTH = 16  # most levels that `max_depth` may ask for
+MOST_LEVELS = MAX_DEPTH + MAX_DEPTH // 2  # `paper` goes on for up to half as many more
 # What the command line puts in place of a file's content until the engine config is built.
 CONFIG_FILE_KEY = "heterospec_config_file"
 
@@ -62,7 +64,7 @@ class HeteroSpecConfig(BaseModel):
     max_depth: int = Field(
         default=6,
         ge=1,
-        le=16,
+        le=MAX_DEPTH,
         description="Most draft levels, so the longest path of a tree; `paper` goes on for up to "
         "half as many more where the draft is certain.",
     )

@@ -216,7 +216,7 @@ def train_head(
     with Display() as display:
         recipe.train(
             target,
-            recipe.Material(stores, [answers] if answers else [], max_sequence, where, live),
+            recipe.TrainingInputs(stores, [answers] if answers else [], max_sequence, where, live),
             work,
             output,
             options,

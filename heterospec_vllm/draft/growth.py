@@ -14,7 +14,7 @@ import numpy as np
 
 from heterospec_vllm.arrays import NO_ROW, Bools, Floats, Ints, Ints32
 from heterospec_vllm.compiled import compiled
-from heterospec_vllm.draft.signals import _entropy, meta_path_end
+from heterospec_vllm.draft.signals import meta_path_end, row_entropy
 from heterospec_vllm.policy.base import DraftPlan, DraftPolicy, Level
 from heterospec_vllm.timing import CLOCK
 from heterospec_vllm.tree.pool import CandidatePool
@@ -51,7 +51,7 @@ def children(
             entropy = np.float32(0.0)
             stratum = 0
             if row >= 0:
-                entropy = np.float32(entropies[req, place] + _entropy(local[row]))
+                entropy = np.float32(entropies[req, place] + row_entropy(local[row]))
                 stratum = int(np.searchsorted(edges, entropy))
             for rank in range(top_k):
                 at = place * top_k + rank

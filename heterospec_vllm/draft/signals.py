@@ -16,8 +16,8 @@ from heterospec_vllm.config import MetaPathReading
 
 
 @compiled("f8(f4[:])")
-def _entropy(log_probs):
-    """Entropy of the renormalised top-k; 0 where nothing is finite."""
+def row_entropy(log_probs):
+    """Entropy in nats of a node's renormalised top-k, at most ``ln(top_k)``; 0 where nothing is finite."""
     top = -np.inf
     for value in log_probs:
         if np.isfinite(value) and value > top:
@@ -32,26 +32,6 @@ def _entropy(log_probs):
         if weight > 0.0:
             weighted += weight * shifted
     return max(math.log(total) - weighted / total, 0.0)
-
-
-@compiled("f4[::1](f4[:,:])")
-def entropies(log_probs):
-    """[num_rows] entropy of each row's renormalised top-k."""
-    out = np.empty(log_probs.shape[0], np.float32)
-    for row in range(out.size):
-        out[row] = _entropy(log_probs[row])
-    return out
-
-
-def top_k_entropy(
-    log_probs: Floats,  # [..., top_k] the likeliest next tokens of a node, descending or not
-) -> Floats:
-    """[...] entropy in nats of the top-K probabilities renormalised to sum to 1, at most ``ln(top_k)``.
-
-    A row without a finite entry (an absent node) has entropy 0.
-    """
-    rows = np.reshape(log_probs, (-1, log_probs.shape[-1])).astype(np.float32)
-    return entropies(rows).reshape(log_probs.shape[:-1])
 
 
 def meta_path_end(

@@ -26,6 +26,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from heterospec_vllm.config import MOST_LEVELS
 from heterospec_vllm.observe.counters import STEP_PARTS, StepCounters
 from heterospec_vllm.policy.strata import NUM_STRATA
 
@@ -47,7 +48,6 @@ FALLBACK_REASONS = (
     "thinking_token_budget",
     "switched_off",
 )
-MAX_DEPTH = 16  # the config's limit of max_depth
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ METRICS = (
         "accepted_per_depth",
         "Draft nodes accepted, by their depth in the tree.",
         label="depth",
-        keys=tuple(range(1, MAX_DEPTH + 1)),
+        keys=tuple(range(1, MOST_LEVELS + 1)),
     ),
     _counter(
         "accepted_non_first_child_nodes",

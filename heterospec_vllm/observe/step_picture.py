@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from heterospec_vllm.observe.steps import Node, Step
+from heterospec_vllm.observe.steps import ShownNode, ShownStep
 
 MOST_STEPS = 24
 COLORS = {"accepted": "#2a7f3f", "rejected": "#c0392b", "not verified": "#9a9a9a"}
 
 
 def draw_steps(
-    steps: list[Step],
+    steps: list[ShownStep],
     shown: Callable[[int], str],  # how a token is written
     path: Path,
     title: str,
@@ -46,7 +46,7 @@ def draw_steps(
     figure.savefig(path, dpi=110)
 
 
-def _visible(step: Step) -> list[Node]:
+def _visible(step: ShownStep) -> list[ShownNode]:
     """Every verified node and the two best of each node's others, as the terminal shows them."""
     kept = {-1}
     nodes = []
@@ -57,14 +57,14 @@ def _visible(step: Step) -> list[Node]:
     return nodes
 
 
-def _num_leaves(nodes: Iterable[Node]) -> int:
+def _num_leaves(nodes: Iterable[ShownNode]) -> int:
     nodes = list(nodes)
     parents = {node.parent for node in nodes}
     return sum(node.column not in parents for node in nodes)
 
 
-def _draw(axes: Any, step: Step, nodes: list[Node], shown: Callable[[int], str]) -> None:
-    children: dict[int, list[Node]] = {}
+def _draw(axes: Any, step: ShownStep, nodes: list[ShownNode], shown: Callable[[int], str]) -> None:
+    children: dict[int, list[ShownNode]] = {}
     for node in nodes:
         children.setdefault(node.parent, []).append(node)
     place: dict[int, tuple[int, float]] = {}

@@ -8,7 +8,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Node:
+class ShownNode:
     """One candidate as people see it."""
 
     column: int
@@ -23,11 +23,11 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Step:
+class ShownStep:
     """One decoding step as people see it."""
 
     root: int
-    nodes: list[Node]
+    nodes: list[ShownNode]
     num_drafted: int
     num_verified: int
     num_accepted: int
@@ -36,12 +36,12 @@ class Step:
     seconds: float
 
 
-def read_steps(recorded: list[dict[str, Any]]) -> list[Step]:
+def read_steps(recorded: list[dict[str, Any]]) -> list[ShownStep]:
     """The steps of a :class:`StepRecorder` with every candidate's state and reason."""
     return [_read(step) for step in recorded]
 
 
-def _read(step: dict[str, Any]) -> Step:
+def _read(step: dict[str, Any]) -> ShownStep:
     verified = {tuple(path) for path in step["verified"]}
     accepted = {tuple(path) for path in step["accepted"]}
     paths: dict[int, tuple[int, ...]] = {-1: ()}
@@ -56,7 +56,7 @@ def _read(step: dict[str, Any]) -> Step:
             "accepted" if path in accepted else "rejected" if path in verified else "not verified"
         )
         nodes.append(
-            Node(
+            ShownNode(
                 column=column,
                 parent=parent,
                 token=step["tokens"][i],
@@ -68,7 +68,7 @@ def _read(step: dict[str, Any]) -> Step:
                 reason=_reason(step, path, i, verified) if state == "not verified" else "",
             )
         )
-    return Step(
+    return ShownStep(
         root=step["root"],
         nodes=nodes,
         num_drafted=step["num_drafted"],

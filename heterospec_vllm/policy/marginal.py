@@ -31,8 +31,8 @@ from heterospec_vllm.policy.decisions import (
 )
 from heterospec_vllm.policy.strata import DEFAULT_STRATA, NUM_STRATA, Strata
 from heterospec_vllm.policy.survival import (
-    MAX_DEPTH,
     NUM_TEMPERATURES,
+    TABLE_DEPTH,
     NodeFeatures,
     SurvivalTables,
 )
@@ -80,7 +80,7 @@ class MarginalPolicy(DraftPolicy):
         ranks = np.arange(shape.top_k)
         # How much of a node's survival each child inherits, by temperature, depth, stratum and rank.
         self._continuation = np.broadcast_to(
-            0.45 * 0.4**ranks, (NUM_TEMPERATURES, MAX_DEPTH + 1, NUM_STRATA, shape.top_k)
+            0.45 * 0.4**ranks, (NUM_TEMPERATURES, TABLE_DEPTH + 1, NUM_STRATA, shape.top_k)
         ).copy()
         # Mean survival of the i-th best node: of whole trees, and of the root's children alone.
         guess = 0.5 * 0.6 ** np.arange(shape.num_nodes)
@@ -166,13 +166,13 @@ class MarginalPolicy(DraftPolicy):
 
     def continuation(self, depth: int) -> Floats:
         """[num_temperatures, num_strata, top_k] share of a node's survival that each child inherits."""
-        return self._continuation[:, min(depth, MAX_DEPTH)]
+        return self._continuation[:, min(depth, TABLE_DEPTH)]
 
     # ---- learning
 
     def observe_children(self, batch, depth, strata, survivals, children) -> None:
         """What children inherited, weighted by how much the parent mattered."""
-        depth = min(depth, MAX_DEPTH)
+        depth = min(depth, TABLE_DEPTH)
         inherit(self._continuation, batch.temperatures, depth, strata, survivals, children)
 
     def observe_nodes(self, nodes: NodeFeatures, accepted: Floats) -> None:

@@ -89,9 +89,9 @@ def count_outcomes(
 
 # Knots over the log path probability; between two of them S is interpolated.
 KNOTS = -np.array([9.0, 7.0, 5.5, 4.3, 3.4, 2.7, 2.1, 1.6, 1.2, 0.85, 0.55, 0.3, 0.12, 0.03, 0.0])
-MAX_DEPTH = 8  # deeper nodes share the last table
+TABLE_DEPTH = 8  # depths with a table of their own; deeper nodes share the last one
 NUM_TEMPERATURES = 2  # 0: greedy, 1: sampled
-SHAPE = (NUM_TEMPERATURES, MAX_DEPTH, NUM_STRATA, KNOTS.size)
+SHAPE = (NUM_TEMPERATURES, TABLE_DEPTH, NUM_STRATA, KNOTS.size)
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ class SurvivalTables:
 
 def default_prior() -> Floats:
     """Without a profile: the path probability, lowered by a tenth a level, as heads tend to be overconfident."""
-    depth = np.arange(1, MAX_DEPTH + 1)[None, :, None, None]
+    depth = np.arange(1, TABLE_DEPTH + 1)[None, :, None, None]
     table = np.exp(KNOTS)[None, None, None, :] * 0.9**depth
     return np.broadcast_to(np.clip(table, 1e-4, 0.97), SHAPE).copy()
 

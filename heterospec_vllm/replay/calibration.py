@@ -22,7 +22,7 @@ from heterospec_vllm.policy.cost import (
     table_from_samples,
 )
 from heterospec_vllm.policy.strata import Strata, fit_edges
-from heterospec_vllm.policy.survival import MAX_DEPTH, NodeFeatures, SurvivalTables, log_loss
+from heterospec_vllm.policy.survival import TABLE_DEPTH, NodeFeatures, SurvivalTables, log_loss
 from heterospec_vllm.replay.simulate import Replay
 
 HELD_OUT = 5  # one request in that many is not fitted
@@ -60,7 +60,7 @@ def fit(replay: Replay, paper_depth: int, paper_nodes: int) -> Fit:
     strata = Strata(
         tuple(
             _edges(replay, training, depth)
-            for depth in range(1, min(replay.max_depth, MAX_DEPTH) + 1)
+            for depth in range(1, min(replay.max_depth, TABLE_DEPTH) + 1)
         )
     )
     tables = SurvivalTables(memory=np.inf)

@@ -26,7 +26,7 @@ NOTHING_PAYS = 1e12  # tokens per second: no draft earns so much
 
 
 @dataclass
-class Outcome:
+class Replayed:
     """What a replay added up to."""
 
     tokens: int = 0
@@ -82,10 +82,10 @@ def replay(
     batch_size: int,
     *,
     max_requests: int | None = None,
-) -> Outcome:
+) -> Replayed:
     """Decode every request of the trace in batches of ``batch_size`` under one policy."""
     policy = make()
-    outcome = Outcome()
+    outcome = Replayed()
     total = recorded.num_requests if max_requests is None else max_requests
     for start in range(0, total, batch_size):
         requests = np.arange(start, min(start + batch_size, total))
@@ -94,7 +94,7 @@ def replay(
 
 
 def _replay_batch(
-    recorded: Replay, policy: DraftPolicy, costs: StepCosts, requests: Ints, outcome: Outcome
+    recorded: Replay, policy: DraftPolicy, costs: StepCosts, requests: Ints, outcome: Replayed
 ) -> None:
     positions = recorded.first[requests].copy()
     while True:
@@ -281,16 +281,16 @@ def oracle(
     batch_size: int,
     *,
     max_requests: int | None = None,
-) -> Outcome:
+) -> Replayed:
     """The best stop level and the best prefix of the nodes sorted by survival, in hindsight.
 
     For a batch the choice is made for each request at the price of time that the oracle itself achieves.
     """
     total = recorded.num_requests if max_requests is None else max_requests
-    best = Outcome()
+    best = Replayed()
     price: float | None = NOTHING_PAYS
     for _ in range(5):  # first nothing is drafted; then the price of time is the rate it leads to
-        outcome = Outcome()
+        outcome = Replayed()
         for start in range(0, total, batch_size):
             requests = np.arange(start, min(start + batch_size, total))
             _oracle_batch(recorded, policy, costs, requests, price, outcome)
@@ -305,7 +305,7 @@ def _oracle_batch(
     costs: StepCosts,
     requests: Ints,
     price: float | None,
-    outcome: Outcome,
+    outcome: Replayed,
 ) -> None:
     positions = recorded.first[requests].copy()
     while True:

@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from heterospec_vllm.training.inputs import InputError
-from heterospec_vllm.training.model import Eagle3Head, HeadConfig
+from heterospec_vllm.training.model import Eagle3Head, HeadShape
 
 STATE = "state.pt"
 
 
-def vllm_config(c: HeadConfig) -> dict[str, Any]:
+def vllm_config(c: HeadShape) -> dict[str, Any]:
     """``config.json`` of a ``method: eagle3`` head (vLLM 0.32's ``LlamaForCausalLMEagle3``)."""
     config: dict[str, Any] = {
         "architectures": ["LlamaForCausalLMEagle3"],
@@ -36,7 +36,7 @@ def vllm_config(c: HeadConfig) -> dict[str, Any]:
     return {**config, **{name: getattr(c, name) for name in names.split()}}
 
 
-def export(weights: dict[str, Tensor], config: HeadConfig, draft_ids: Tensor, folder: Path) -> None:
+def export(weights: dict[str, Tensor], config: HeadShape, draft_ids: Tensor, folder: Path) -> None:
     """Writes ``config.json`` and ``model.safetensors`` (bf16) into ``folder``, atomically.
 
     draft_ids: [draft_vocab_size] sorted target ids. ``d2t`` holds target id minus draft id,
@@ -58,10 +58,10 @@ def export(weights: dict[str, Tensor], config: HeadConfig, draft_ids: Tensor, fo
 def load(folder: Path, embed: Tensor) -> tuple[Eagle3Head, Tensor]:
     """A head in our format (as ``export`` writes it) and its draft ids; ``embed`` is the target's."""
     found = json.loads((folder / "config.json").read_text())
-    names = HeadConfig.__dataclass_fields__.keys() - {"taps"}
+    names = HeadShape.__dataclass_fields__.keys() - {"taps"}
     fields = {name: found[name] for name in names if name in found}
     taps = tuple(found["eagle_aux_hidden_state_layer_ids"])
-    config = HeadConfig(**{"fc_norm": False, **fields}, taps=taps)
+    config = HeadShape(**{"fc_norm": False, **fields}, taps=taps)
     tensors = load_file(folder / "model.safetensors")
     draft_ids = tensors.pop("d2t") + torch.arange(config.draft_vocab_size)
     del tensors["t2d"]

@@ -20,7 +20,7 @@ from torch.nn.functional import rms_norm
 
 from heterospec_vllm.training.capture import FEATURES, META, SEQUENCES, read_jsonl
 from heterospec_vllm.training.inputs import answer_lines
-from heterospec_vllm.training.model import Batch
+from heterospec_vllm.training.model import TrainingBatch
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class Corpus:
         return counts
 
     @torch.no_grad()
-    def batch(self, group: list[Sequence], target: Target, taps: tuple[int, ...]) -> Batch:
+    def batch(self, group: list[Sequence], target: Target, taps: tuple[int, ...]) -> TrainingBatch:
         """On the device of ``target``."""
         device = target.embed.device
         columns = [self.features.layers.index(tap) for tap in taps]
@@ -159,7 +159,7 @@ class Corpus:
         logits = final.bfloat16() @ target.draft_head.T
         log_p = logits.new_empty(size, length, len(target.draft_head))
         log_p[predicted] = logits.float().log_softmax(-1).bfloat16()
-        return Batch(
+        return TrainingBatch(
             ids=ids,
             features=x[:, :, columns].flatten(2),
             first=first,

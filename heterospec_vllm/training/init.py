@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from heterospec_vllm.training.data import Target
-from heterospec_vllm.training.model import Eagle3Head, HeadConfig
+from heterospec_vllm.training.model import Eagle3Head, HeadShape
 
 
 def load_tensors(folder: Path, names: list[str]) -> dict[str, Tensor]:
@@ -120,7 +120,7 @@ def fit_fc(head: Eagle3Head, features: Tensor, goal: Tensor, ridge: float = 1e-2
     head.fc.weight.copy_(torch.linalg.solve(gram, x.T @ y).T)
 
 
-def head_config(target: dict, taps: tuple[int, ...], draft_vocab: int, **changes) -> HeadConfig:
+def head_config(target: dict, taps: tuple[int, ...], draft_vocab: int, **changes) -> HeadShape:
     heads = target["num_attention_heads"]
     rope = target.get("rope_parameters") or {}  # where transformers 5 writes it
     fields = dict(
@@ -137,4 +137,4 @@ def head_config(target: dict, taps: tuple[int, ...], draft_vocab: int, **changes
         taps=taps,
         fc_norm=True,
     )
-    return HeadConfig(**{**fields, **changes})
+    return HeadShape(**{**fields, **changes})

@@ -23,7 +23,7 @@ from heterospec_vllm.training.ops import SoftCrossEntropy, attend, lower, rope_t
 
 
 @dataclass(frozen=True)
-class HeadConfig:
+class HeadShape:
     """Shapes of the head; field names are the Hugging Face Llama ones."""
 
     hidden_size: int
@@ -52,7 +52,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, c: HeadConfig) -> None:
+    def __init__(self, c: HeadShape) -> None:
         super().__init__()
         self.head_dim, self.kv_heads = c.head_dim, c.num_key_value_heads
         wide, q = 2 * c.hidden_size, c.num_attention_heads * c.head_dim
@@ -64,7 +64,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, c: HeadConfig) -> None:
+    def __init__(self, c: HeadShape) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
         self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
@@ -76,7 +76,7 @@ class MLP(nn.Module):
 
 
 class MidLayer(nn.Module):
-    def __init__(self, c: HeadConfig) -> None:
+    def __init__(self, c: HeadShape) -> None:
         super().__init__()
         self.self_attn = Attention(c)
         self.mlp = MLP(c)
@@ -86,7 +86,7 @@ class MidLayer(nn.Module):
 
 
 @dataclass(frozen=True)
-class Batch:
+class TrainingBatch:
     """Sequences side by side, padded to one length (right; padding is never a key or a query).
 
     ids: [batch, length + 1] token ids; features: [batch, length, taps * hidden_size], any dtype;
@@ -122,7 +122,7 @@ class Eagle3Head(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, config: HeadConfig, embed: Tensor) -> None:
+    def __init__(self, config: HeadShape, embed: Tensor) -> None:
         super().__init__()
         self.config = config
         width = len(config.taps) * config.hidden_size
@@ -163,7 +163,7 @@ class Eagle3Head(nn.Module):
         return key, attn.v_proj(wide).view(shape)
 
     def forward(
-        self, batch: Batch, steps: int, *, decay: float, keep_rank: int
+        self, batch: TrainingBatch, steps: int, *, decay: float, keep_rank: int
     ) -> tuple[Tensor, list[StepResult]]:
         """Mean loss per query and the results of each step.
 

@@ -41,7 +41,7 @@ LOG = "log.jsonl"
 
 
 @dataclass(frozen=True)
-class Material:
+class TrainingInputs:
     """What is trained on, and where: stores of a collecting pass, or answers to run the target on.
 
     live: hidden states are computed for every batch (``live``) instead of read from the stores,
@@ -94,7 +94,7 @@ def start_head(head: Eagle3Head, target_folder: Path, target: Target, corpus: Co
 
 def train(
     target_folder: Path,
-    material: Material,
+    material: TrainingInputs,
     work: Path,
     output: Path,
     options: TrainOptions,

@@ -254,43 +254,6 @@ class DraftTrees:
             )
         )
 
-    @classmethod
-    def from_parents(
-        cls,
-        tokens: Ints,  # [num_reqs, max_nodes]
-        node_parents: Ints,  # [num_reqs, max_nodes] parent row of each node
-        node_ranks: Ints,  # [num_reqs, max_nodes]
-        num_nodes: Ints,  # [num_reqs]
-        *,
-        log_probs: Floats
-        | None = None,  # [num_reqs, max_nodes], likewise the others; zeros if not given
-        survivals: Floats | None = None,
-        strata: Ints | None = None,
-    ) -> DraftTrees:
-        """Add the root row and derive the depths; the node order is taken as it is."""
-        num_reqs = tokens.shape[0]
-        root = np.full((num_reqs, 1), NO_ROW)
-        parents = np.concatenate([root, node_parents], axis=1)
-        ranks = np.concatenate([root + 1, node_ranks], axis=1)
-        depths = np.zeros_like(parents)
-        above = parents
-        while (above >= 0).any():
-            depths += above >= 0
-            above = np.where(
-                above >= 0, np.take_along_axis(parents, np.maximum(above, 0), axis=1), NO_ROW
-            )
-        zeros = np.zeros(tokens.shape, dtype=np.float32)
-        return cls(
-            tokens,
-            parents,
-            depths,
-            ranks,
-            num_nodes,
-            zeros if log_probs is None else np.asarray(log_probs, dtype=np.float32),
-            zeros if survivals is None else np.asarray(survivals, dtype=np.float32),
-            np.zeros_like(tokens) if strata is None else strata,
-        )
-
     def take(
         self,
         reqs: Ints,  # [num_reqs'] rows of this batch

@@ -13,12 +13,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from made_up_trees import from_parents
 from scipy.stats import chisquare
 
 from heterospec_vllm.kernels.gpu import tree_verify as kernel
 from heterospec_vllm.kernels.reference import tree_verify as reference
 from heterospec_vllm.kernels.reference.tree_verify import SamplingKeys, TreeBatch, TreeWalks
-from heterospec_vllm.tree.trees import DraftTrees
 from heterospec_vllm.verify.walk import walk
 
 pytestmark = pytest.mark.usefixtures("poisoned_scratch")
@@ -235,7 +235,7 @@ def test_equals_the_reference_and_the_cpu_walk(
         logits, case.keys, apply_temperature=apply_temperature
     ).numpy(force=True)
     starts = trees.cu_num_logits.numpy(force=True)
-    arrays = DraftTrees.from_parents(
+    arrays = from_parents(
         trees.tokens.numpy(force=True),
         trees.parents[:, 1:].long().numpy(force=True),
         np.zeros(trees.tokens.shape, dtype=np.int64),

@@ -8,8 +8,8 @@ node's children is a function of the head's own distribution, so its error is of
 from collections.abc import Callable
 
 import numpy as np
+from made_up_trees import top_k_entropy
 
-from heterospec_vllm.draft.signals import top_k_entropy
 from heterospec_vllm.policy.strata import DEFAULT_STRATA
 from heterospec_vllm.policy.survival import NodeFeatures
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_drafter import packed
+from fake_drafter import draft
 from pydantic import ValidationError
 from rich.console import Console
 
@@ -26,10 +26,8 @@ from heterospec_vllm.bench.growth_points import (
     tree_bounds,
     why_left_out,
 )
-from heterospec_vllm.draft.growth import Parents, children_of, level_of
-from heterospec_vllm.policy.base import Batch, DraftPolicy
+from heterospec_vllm.policy.base import Batch, FixedPolicy
 from heterospec_vllm.policy.decisions import TreeShape
-from heterospec_vllm.tree.pool import CandidatePool
 
 ENVIRONMENT = rows.Environment(commit="c", versions={}, machine="m", threads="", command="test")
 SMALL = GrowthSpec(
@@ -125,21 +123,9 @@ def _drafted(nodes: int, log_probs_of: Callable[[int], Any]) -> int:
     """Candidates that the policy ``static`` finds for one request within the bounds of ``tree_bounds``."""
     bounds = tree_bounds(nodes)
     shape = TreeShape(bounds.num_speculative_tokens, bounds.max_depth, bounds.top_k)
-    policy = DraftPolicy(shape)
     batch = Batch(1, 0.0, np.zeros(1, dtype=np.int64), np.full(1, nodes))
-    parents, head_rows, width = Parents.roots(1), np.zeros((1, 1), dtype=np.int64), 1
-    levels: list[CandidatePool] = []
-    for depth in range(1, bounds.max_depth + 1):
-        tokens = np.tile(np.arange(bounds.top_k), (width, 1))
-        local = np.tile(log_probs_of(bounds.top_k), (width, 1)).astype(np.float32)
-        level = children_of(policy, batch, depth, parents, head_rows, tokens, local)
-        chosen = policy.expand(batch, level_of(policy, depth, level, parents, np.zeros(1)))
-        first_column = sum(one.tokens.shape[1] for one in levels)
-        levels.append(level)
-        parents, head_rows = packed(chosen, head_rows, level, first_column)
-        width = head_rows.shape[1]
-    survivals = CandidatePool.concatenate(levels).survivals
-    return int(policy.propose(batch, -np.sort(-survivals, axis=1), 0.0)[0])
+    drafted = draft(FixedPolicy(shape), batch, lambda req, depth: np.exp(log_probs_of(shape.top_k)))
+    return int(drafted.trees.num_nodes[0])
 
 
 @pytest.mark.parametrize("nodes", range(1, 64))

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_up_trees import from_parents
 
 from heterospec_vllm.arrays import NO_ROW
-from heterospec_vllm.draft.growth import children, frontier, level_positions
+from heterospec_vllm.draft.growth import children, level_positions, pack_frontier
 from heterospec_vllm.draft.true_tokens import firsts_and_context, true_blocks, true_rows
 from heterospec_vllm.engine.step import prompt_left, walked_rows
 from heterospec_vllm.policy.decisions import inherit, within
@@ -31,7 +32,7 @@ def random_trees(rng: np.random.Generator, num_reqs: int, width: int) -> DraftTr
     )
     parents = parents.reshape(num_reqs, width).astype(np.int64)
     tokens = np.argsort(rng.random((num_reqs, width)), axis=1)
-    return DraftTrees.from_parents(
+    return from_parents(
         np.where(real, tokens, NO_ROW),
         np.where(real, parents, NO_ROW),
         np.where(real, rng.integers(0, 3, (num_reqs, width)), 0),
@@ -115,7 +116,7 @@ def test_frontier(seed: int, num_reqs: int, width: int, top_k: int) -> None:
     log_probs, entropies = (rng.random(chosen.shape, np.float32) for _ in range(2))
     survivals, strata = rng.random(chosen.shape), rng.integers(0, 8, chosen.shape)
     tail = rng.integers(0, 99, (50, 2)).astype(np.int32)
-    columns, *of_parents, own, reqs, parents, node_tokens, start, new_tail = frontier(
+    columns, *of_parents, own, reqs, parents, node_tokens, start, new_tail = pack_frontier(
         chosen, rows, tokens, log_probs, survivals, entropies, strata, 11, tail, 7
     )
     at = np.argwhere(chosen)

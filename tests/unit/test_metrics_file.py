@@ -17,14 +17,14 @@ import pytest
 pytest.importorskip("prometheus_client")
 
 import prometheus_client
+from fake_drafter import batch_of
 from prometheus_client.parser import text_string_to_metric_families
 
-from heterospec_vllm.config import HeteroSpecConfig, allowed_values
+from heterospec_vllm.config import MAX_DEPTH
 from heterospec_vllm.observe import metrics_file
 from heterospec_vllm.observe.counters import STEP_PARTS, StepCounters
 from heterospec_vllm.observe.metrics_file import (
     FALLBACK_REASONS,
-    MAX_DEPTH,
     METRICS,
     MetricsCollector,
     MetricsFile,
@@ -33,6 +33,8 @@ from heterospec_vllm.observe.metrics_file import (
     read_values,
     register_collector,
 )
+from heterospec_vllm.policy.decisions import TreeShape
+from heterospec_vllm.policy.paper import PaperPolicy
 
 ROOT = Path(__file__).parents[2]
 HEADER_SIZE = 16  # two slots of one size follow
@@ -155,7 +157,9 @@ def test_names_follow_the_conventions_of_prometheus() -> None:
 
 
 def test_label_values_are_complete() -> None:
-    assert allowed_values(HeteroSpecConfig, "max_depth") == f"an integer from 1 to {MAX_DEPTH}"
+    deepest = PaperPolicy(TreeShape(16, MAX_DEPTH, 4), (), max_nodes=16)
+    by_depth = next(m for m in METRICS if m.name == "heterospec_accepted_nodes_by_depth_total")
+    assert by_depth.keys == tuple(range(1, deepest.plan(batch_of(1)).max_depth + 1))
     package = ROOT / "heterospec_vllm"
     returned = {
         node.value.value

@@ -5,6 +5,7 @@ from dataclasses import fields
 
 import numpy as np
 import pytest
+from made_up_trees import from_parents
 
 from heterospec_vllm.engine.controller import Controller
 from heterospec_vllm.policy.base import Batch, DraftPolicy, Level
@@ -27,7 +28,7 @@ class Listener(DraftPolicy):
 
 def _trees() -> DraftTrees:
     # root -> 7 -> 8, root -> 9 -> 8, root -> 5
-    return DraftTrees.from_parents(
+    return from_parents(
         tokens=np.array([[7, 8, 9, 8, 5]]),
         node_parents=np.array([[0, 1, 0, 3, 0]]),
         node_ranks=np.array([[0, 0, 1, 0, 2]]),

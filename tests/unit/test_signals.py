@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_up_trees import top_k_entropy
 
-from heterospec_vllm.draft.signals import meta_path_end, top_k_entropy
+from heterospec_vllm.draft.signals import meta_path_end
 from heterospec_vllm.policy.strata import DEFAULT_STRATA, NUM_STRATA, Strata, fit_edges
 
 few = settings(max_examples=60, deadline=None)

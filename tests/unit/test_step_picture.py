@@ -7,7 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from heterospec_vllm.observe import step_picture
-from heterospec_vllm.observe.steps import Node, Step
+from heterospec_vllm.observe.steps import ShownNode, ShownStep
 
 # column: (parent, rank, state); 4 and 5 are dim, and 5 is too far down its parent's list to be drawn
 TREE = {
@@ -21,12 +21,12 @@ TREE = {
 }
 
 
-def _step(tree=TREE) -> Step:
+def _step(tree=TREE) -> ShownStep:
     nodes = [
-        Node(column, parent, 100 + column, 0.5, 1.0, 0, rank, state, "")
+        ShownNode(column, parent, 100 + column, 0.5, 1.0, 0, rank, state, "")
         for column, (parent, rank, state) in tree.items()
     ]
-    return Step(7, nodes, len(nodes), 4, 2, 3, 50.0, 0.001)
+    return ShownStep(7, nodes, len(nodes), 4, 2, 3, 50.0, 0.001)
 
 
 def test_a_picture_is_written(tmp_path: Path) -> None:

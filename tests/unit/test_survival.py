@@ -10,8 +10,8 @@ from scipy.optimize import isotonic_regression
 
 from heterospec_vllm.policy.survival import (
     KNOTS,
-    MAX_DEPTH,
     SHAPE,
+    TABLE_DEPTH,
     NodeFeatures,
     SurvivalTables,
     along_paths,
@@ -57,8 +57,8 @@ def test_the_ends_of_the_table_hold_beyond() -> None:
     low, high = tables.predict(nodes([KNOTS[0], 0.0]))
     beyond = tables.predict(nodes([-50.0, -np.inf, np.nan, 0.1]))
     assert beyond.tolist() == [low, low, low, high]
-    deep = tables.predict(nodes([-1.0], depth=MAX_DEPTH + 3))
-    assert deep == tables.predict(nodes([-1.0], depth=MAX_DEPTH))
+    deep = tables.predict(nodes([-1.0], depth=TABLE_DEPTH + 3))
+    assert deep == tables.predict(nodes([-1.0], depth=TABLE_DEPTH))
 
 
 def test_any_shape_is_predicted() -> None:

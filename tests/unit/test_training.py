@@ -13,7 +13,7 @@ from heterospec_vllm.training.capture import FeatureStore, Job, make_jobs
 from heterospec_vllm.training.data import Corpus, StoredFeatures, plan, stored_sequences
 from heterospec_vllm.training.init import draft_vocabulary, head_config, load_target
 from heterospec_vllm.training.loop import Trainer, TrainOptions
-from heterospec_vllm.training.model import Batch, Eagle3Head
+from heterospec_vllm.training.model import Eagle3Head, TrainingBatch
 from heterospec_vllm.training.ops import SoftCrossEntropy, rotate
 
 HIDDEN, HEADS, KV_HEADS, DIM, VOCAB, DRAFT = 32, 4, 2, 8, 64, 24
@@ -108,7 +108,7 @@ def run(
     seen = [] if losses is None else losses
     recipe.train(
         target,
-        recipe.Material([store], [], 64, torch.device("cpu"), live=False),
+        recipe.TrainingInputs([store], [], 64, torch.device("cpu"), live=False),
         work,
         work / "head",
         options(**o),
@@ -227,11 +227,11 @@ def random_head(seed: int = 0) -> Eagle3Head:
     return head
 
 
-def random_batch(head: Eagle3Head) -> Batch:
+def random_batch(head: Eagle3Head) -> TrainingBatch:
     torch.manual_seed(1)
     first, rows, length = [2, 4], [9, 6], 9
     truth = torch.randint(0, DRAFT, (2, length + 1))
-    return Batch(
+    return TrainingBatch(
         ids=torch.randint(0, VOCAB, (2, length + 1)),
         features=torch.randn(2, length, 3 * HIDDEN),
         first=torch.tensor(first),

@@ -118,10 +118,10 @@ def test_the_recipe_takes_a_list_of_eos_and_no_bos(tmp_path, target, monkeypatch
     monkeypatch.setattr(recipe, "choose_vocabulary", choose)
     one = Sequence("a", [3, 4, 5], first=0, rows=3, greedy=True)
     corpus = recipe.Corpus([one], None, held_out=10**9)  # type: ignore[arg-type]
-    monkeypatch.setattr(recipe.Material, "corpus", lambda *_: corpus)
+    monkeypatch.setattr(recipe.TrainingInputs, "corpus", lambda *_: corpus)
     with pytest.raises(Enough):
         recipe.train(
-            target, recipe.Material([], [], 8, torch.device("cpu"), True), tmp_path / "work",
+            target, recipe.TrainingInputs([], [], 8, torch.device("cpu"), True), tmp_path / "work",
             tmp_path / "head", recipe.TrainOptions(*[1] * 11), taps=(0, 1), draft_vocab_size=16,
             kv_heads=None, resume=True, report=print, on_held_out=print,
         )  # fmt: skip

@@ -84,7 +84,7 @@ def test_it_trains_from_answers_alone(tmp_path, target, answers) -> None:
     losses: list[float] = []
     recipe.train(
         target,
-        recipe.Material([], [answers], 64, torch.device("cpu"), live=True),
+        recipe.TrainingInputs([], [answers], 64, torch.device("cpu"), live=True),
         tmp_path / "work",
         tmp_path / "head",
         options(epochs=6),

@@ -12,7 +12,7 @@ from speculators.proposals.greedy import GreedyTokenProposalConfig
 from transformers import LlamaConfig
 
 from heterospec_vllm.training.init import head_config
-from heterospec_vllm.training.model import Batch, Eagle3Head
+from heterospec_vllm.training.model import Eagle3Head, TrainingBatch
 
 TARGET = {
     "hidden_size": 32,
@@ -66,7 +66,7 @@ def test_drafts_are_those_of_the_library():
     for step in range(3):
         truth = torch.full((1, length + 1), -1)
         truth[0, 2 + step :] = drafts[step][0, : length - 1 - step]
-        batch = Batch(
+        batch = TrainingBatch(
             ids=ids,
             features=features,
             first=torch.tensor([0]),
@@ -79,7 +79,7 @@ def test_drafts_are_those_of_the_library():
         assert (ranks == 0).all()
 
 
-def all_ranks(head: Eagle3Head, batch: Batch, step: int) -> torch.Tensor:
+def all_ranks(head: Eagle3Head, batch: TrainingBatch, step: int) -> torch.Tensor:
     """Ranks of the true tokens at ``step`` (the last one run), nothing dropped before it."""
     from heterospec_vllm.training import model
 

@@ -14,7 +14,7 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
-from heterospec_vllm.draft.eagle_v2 import HeteroSpecSpeculator
+from heterospec_vllm.draft.eagle_v2 import EagleDrafterV2
 from heterospec_vllm.runners.v2 import HeteroSpecGPUModelRunner
 from heterospec_vllm.verify.scorer_v2 import DeviceScorer
 
@@ -72,7 +72,7 @@ SEAMS = [
 ]
 OURS = {
     HeteroSpecGPUModelRunner: GPUModelRunner,
-    HeteroSpecSpeculator: EagleSpeculator,
+    EagleDrafterV2: EagleSpeculator,
 }
 
 
