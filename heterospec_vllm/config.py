@@ -142,17 +142,19 @@ class ConfigCarrier(str):
 
     config: HeteroSpecConfig
 
-    metrics_file: str | None  # path of the file that brings metrics from the worker to the server
+    metrics_folder: str | None  # where the worker writes its metrics
 
-    def __new__(cls, config: HeteroSpecConfig, metrics_file: str | None = None) -> "ConfigCarrier":
+    def __new__(
+        cls, config: HeteroSpecConfig, metrics_folder: str | None = None
+    ) -> "ConfigCarrier":
         text = f"{METHOD} with packed linears" if config.packed_linears else METHOD
         carrier = super().__new__(cls, text)
         carrier.config = config
-        carrier.metrics_file = metrics_file
+        carrier.metrics_folder = metrics_folder
         return carrier
 
     def __getnewargs__(self) -> tuple[HeteroSpecConfig, str | None]:  # type: ignore[override]
-        return (self.config, self.metrics_file)
+        return (self.config, self.metrics_folder)
 
 
 def from_vllm_config(vllm_config: Any) -> HeteroSpecConfig | None:
@@ -164,10 +166,10 @@ def from_vllm_config(vllm_config: Any) -> HeteroSpecConfig | None:
     return carrier.config if isinstance(carrier, ConfigCarrier) else None
 
 
-def metrics_file_of(vllm_config: Any) -> Path | None:
-    """Where the worker writes its metrics, or None for an engine without a file."""
+def metrics_folder_of(vllm_config: Any) -> Path | None:
+    """Where the worker writes its metrics, or None for an engine without metrics."""
     carrier = vllm_config.additional_config.get(METHOD)
-    return Path(carrier.metrics_file) if carrier is not None and carrier.metrics_file else None
+    return Path(carrier.metrics_folder) if carrier is not None and carrier.metrics_folder else None
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ from heterospec_vllm.demo.server import (
     last_lines,
     signal_group,
 )
-from heterospec_vllm.observe.metrics_file import METRICS
+from heterospec_vllm.observe.metrics import METRICS
 
 if TYPE_CHECKING:
     from prometheus_client.samples import Sample

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Counters of what the engine drafted, verified and accepted, and of where its time went.
 
-Plain numbers, filled by the runner; read by RPC, and by Prometheus through ``metrics_file``.
+Plain numbers, filled by the runner; read by RPC, and by Prometheus (``metrics_folder.py``).
 """
 
 from __future__ import annotations

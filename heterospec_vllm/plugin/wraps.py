@@ -67,13 +67,13 @@ def _wrap_create_speculative_config(original: Callable[..., Any]) -> Callable[..
             # Other processes and a second call build the config from the same arguments again.
             self.speculative_config, self.spec_method, self.spec_model, self.spec_tokens = given
         setattr(speculative_config, _MARKER, True)
-        from heterospec_vllm.observe import metrics_file  # not at the top: it imports numpy
+        from heterospec_vllm.observe import metrics_folder  # not at the top: it imports numpy
 
-        path = metrics_file.new_metrics_file()
-        metrics_file.register_collector(path)
+        folder = metrics_folder.metrics_folder()
+        metrics_folder.show_metrics(folder)
         self.additional_config = {
             **self.additional_config,
-            config.METHOD: config.ConfigCarrier(ours, str(path)),
+            config.METHOD: config.ConfigCarrier(ours, str(folder)),
         }
         # ParallelConfig exists already, so engine_args.worker_cls would come too late.
         target_parallel_config.worker_cls = worker_class()

@@ -18,7 +18,7 @@ from heterospec_vllm.config import (
     ConfigSource,
     HeteroSpecConfig,
     from_vllm_config,
-    metrics_file_of,
+    metrics_folder_of,
     parse,
 )
 from heterospec_vllm.draft.tree_drafter import TreeDrafter
@@ -34,8 +34,7 @@ from heterospec_vllm.engine.make_policy import make_policy
 from heterospec_vllm.engine.step import Step, with_drafts
 from heterospec_vllm.machine import machine_name
 from heterospec_vllm.observe.counters import StepCounters
-from heterospec_vllm.observe.metrics_file import open_metrics_file
-from heterospec_vllm.observe.metrics_multiprocess import open_multiprocess_metrics
+from heterospec_vllm.observe.metrics_folder import open_metrics
 from heterospec_vllm.policy.base import Demand, DraftPolicy, PlainPolicy
 from heterospec_vllm.policy.cost import StepCosts
 from heterospec_vllm.policy.decisions import TreeShape
@@ -71,12 +70,8 @@ class SpeculatingRunner:
         self._node_caps: dict[str, int] = {}
         self._logged_reasons: set[str] = set()
         self._step = Step()
-        path = metrics_file_of(vllm_config)
-        opened = (
-            open_metrics_file(path) if path is not None else None,
-            open_multiprocess_metrics(),
-        )
-        self._metrics = [metrics for metrics in opened if metrics is not None]
+        folder = metrics_folder_of(vllm_config)
+        self._metrics = None if folder is None else open_metrics(folder)
 
     def _draws_trees(self) -> bool:
         """Whether attention over trees works here; without it chains are drafted."""
@@ -187,8 +182,8 @@ class SpeculatingRunner:
 
     def _publish(self) -> None:
         with CLOCK.span("publish"):
-            for metrics in self._metrics:
-                metrics.publish(self.counters)
+            if self._metrics is not None:
+                self._metrics.publish(self.counters)
 
     # ---- who is drafted for
 
