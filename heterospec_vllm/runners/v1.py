@@ -26,6 +26,7 @@ from heterospec_vllm.arrays import Ints
 from heterospec_vllm.draft.base import StepOutput
 from heterospec_vllm.draft.eagle_v1 import EagleDrafterV1
 from heterospec_vllm.draft.true_tokens import TrueTokens, gather_rows
+from heterospec_vllm.engine.seeds import ArrivalSeeds
 from heterospec_vllm.engine.step import Step, prompt_left, true_rows, without_speculation
 from heterospec_vllm.kernels.cpu.tree_attention import is_available
 from heterospec_vllm.layers.attention_cpu import (
@@ -49,6 +50,7 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
         self.drafter = EagleDrafterV1(vllm_config, device, self)
         self.start_speculation(vllm_config, self.drafter)
         self.scorer = TreeScorer(self.sampler)
+        self._arrival_seeds = ArrivalSeeds(self.model_config.seed)
         self._kv_caches_of_target: list[torch.Tensor] = []
         self._op_choice: OpChoice = VLLMS
         # vLLM drops min_p and logit_bias as soon as a speculative config exists; the walk samples with vLLM's
@@ -85,6 +87,7 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
             for req_id in scheduler_output.preempted_req_ids or ():
                 # It may come back at the same position in other blocks.
                 self.controller.remove(req_id)
+            scheduler_output = self._arrival_seeds.give(scheduler_output)
             with CLOCK.span("match drafts"):
                 self._step, scheduler_output = self._match_drafts(scheduler_output)
             self.counters.steps += bool(scheduler_output.total_num_scheduled_tokens)
@@ -337,3 +340,4 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
     def _on_request_state_removed(self, req_id: str, req_state) -> None:
         super()._on_request_state_removed(req_id, req_state)
         self._forget(req_id)
+        self._arrival_seeds.remove(req_id)

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from heterospec_vllm.observe.step_recorder import StepRecorder
 from heterospec_vllm.runners.shared import SpeculatingRunner
 from heterospec_vllm.timing import CLOCK
@@ -18,8 +20,10 @@ class WorkerCalls:
     def compile_or_warm_up_model(self, *args: Any, **kwargs: Any) -> Any:
         """Costs are measured on the warm engine, so the policy starts last."""
         result = super().compile_or_warm_up_model(*args, **kwargs)  # type: ignore[misc]
-        self.model_runner.prepare_drafting()
-        self.model_runner.start_policy()
+        # What is measured on random inputs leaves the generator as it would be without us.
+        with torch.random.fork_rng(devices=[]):
+            self.model_runner.prepare_drafting()
+            self.model_runner.start_policy()
         return result
 
     def set_heterospec_policy(self, policy: str, **bounds: int) -> None:
