@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a stranger gets: the built wheel, the installed entry points, the command line."""
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from importlib import metadata, resources
 from pathlib import Path
@@ -55,7 +58,7 @@ def test_wheel_holds_every_source_and_data_file(wheel: Path) -> None:
     expected = {
         f"heterospec_vllm/{folder}{path.relative_to(ROOT / source)}"
         for source, folder, patterns in (
-            ("heterospec_vllm", "", ("**/*.py", "assets/**/*")),
+            ("heterospec_vllm", "", ("**/*.py", "assets/**/*", "py.typed")),
             ("kernels", "kernels/", ("**/*.py", "csrc/*")),
             ("configs", "configs/", ("*.json", "profiles/*")),
         )
@@ -108,3 +111,38 @@ def test_cli_help_is_light_and_lists_every_command() -> None:
     )
     for command in ("demo", "demo-model", "step-table", "train-head"):
         assert f" {command} " in printed
+
+
+def _imports(path: Path) -> set[str]:
+    """First names of everything that a file imports, inside functions, too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").split(".")[0])
+    return found
+
+
+def test_hard_dependencies_are_what_serving_and_the_command_import() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named = {re.split(r"[<>=\[]", line)[0] for line in project["dependencies"]}
+    optional = {"bench", "demo", "training"}  # folders whose libraries are extras
+    folders = [
+        path
+        for path in (ROOT / "heterospec_vllm").iterdir()
+        if path.name not in optional | {"configs", "kernels", "__pycache__"}
+    ]
+    files = [file for path in folders for file in ([path], path.rglob("*.py"))[path.is_dir()]]
+    imported = set().union(*(_imports(file) for file in files if file.suffix == ".py"))
+    assert named - imported == set()
+    extras = project["optional-dependencies"]
+    assert any(line.startswith("gguf") for line in extras["demo"])
+
+
+def test_the_demo_model_loads_without_gguf() -> None:
+    run_python(
+        "import sys\n"
+        "sys.modules['gguf'] = None\n"
+        "import heterospec_vllm.demo.model_cache, heterospec_vllm.cli.main"
+    )
