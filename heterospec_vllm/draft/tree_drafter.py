@@ -3,7 +3,7 @@
 
 The first pass feeds the head true tokens (target features and the token that followed each), so its KV pages hold true
 tokens only. Every further level expands the nodes that the policy names. How a pass is run is the business of the
-model runner: ``drafter.py`` for V1, ``speculator.py`` for V2.
+model runner: ``draft/eagle_v1.py`` for V1, ``draft/eagle_v2.py`` for V2.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The policies with what they hold between steps; every decision is a pure function of ``policy.py``.
+"""The policies with what they hold between steps; every decision is a pure function of ``policy/decisions.py``.
 
 The proposer asks a policy after each level which nodes to expand, the runner asks it how many nodes to verify. Both
 tell it afterwards what was accepted and how long things took. ``plain``, ``chain`` and ``static`` learn nothing,
