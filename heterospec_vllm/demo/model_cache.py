@@ -97,6 +97,11 @@ def prepare_target(
         lock.release()
 
 
+def demo_target() -> str:
+    """Folder of the demo model in the user's cache, prepared if it is not there."""
+    return str(prepare_target(default_cache_dir(), Console(stderr=True)))
+
+
 def manifest_mismatch(model_dir: Path) -> str | None:
     """Why the folder does not match its manifest, or None if every file does."""
     try:
