@@ -13,6 +13,7 @@ from importlib import metadata, resources
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
 
@@ -146,3 +147,25 @@ def test_the_demo_model_loads_without_gguf() -> None:
         "sys.modules['gguf'] = None\n"
         "import heterospec_vllm.demo.model_cache, heterospec_vllm.cli.main"
     )
+
+
+def test_ci_runs_the_one_check_and_hooks_need_no_fetch() -> None:
+    ci = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    steps = ci["jobs"]["check"]["steps"]
+    assert [step["run"] for step in steps if "run" in step] == [".ci/run"]
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    assert [repo["repo"] for repo in hooks["repos"]] == ["local"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    installed = {re.split(r"[<>=]", line)[0] for line in project["optional-dependencies"]["dev"]}
+    for hook in hooks["repos"][0]["hooks"]:
+        assert hook["language"] == "system"
+        tool = hook["entry"].split()[0].removeprefix(".venv/bin/").removeprefix("git-")
+        assert tool in installed, hook
+
+
+def test_the_readme_is_one_page() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 80
+    prose = re.sub(r"<!-- table: begin -->.*<!-- table: end -->", "", text, flags=re.DOTALL)
+    assert len(re.findall(r"(?<![\w.-])\d[\d.]*", re.sub(r"\]\([^)]*\)", "", prose))) <= 15
+    assert (ROOT / "docs" / "tree.png").stat().st_size < 150_000
