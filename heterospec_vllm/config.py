@@ -83,8 +83,8 @@ class HeteroSpecConfig(BaseModel):
     )
     packed_linears: bool = Field(
         default=True,
-        description="CPU only: the target's linear layers go through our products where those are "
-        "the faster ones; `false` leaves them to vLLM. Both round in their own ways.",
+        description="CPU only: the target's linear layers go through our matmul kernel where it is "
+        "the faster one; `false` leaves them to vLLM. Both round in their own ways.",
     )
     paper_first_index: Literal[0, 1] = Field(
         default=0,

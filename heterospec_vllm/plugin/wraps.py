@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every function of vLLM that the plugin wraps, each with its record (one more in packed_linears.py).
+"""Every function of vLLM that the plugin wraps, each with its record (one more in layers/linears_cpu.py).
 
 A wrap calls the original. For configs that are not ours it passes arguments and result through.
 """

@@ -2,7 +2,8 @@
 """What to draft and what to verify: pure functions of draft-side data, survivals and costs.
 
 Nothing here knows the target's tokens of the step that is being planned, keeps state, or imports vLLM. The classes
-that hold what was learned and call these functions are in ``policies.py``.
+that hold what was learned and call these functions are the policies (``policy/base.py``, ``policy/marginal.py``,
+``policy/paper.py``).
 
 The price of time (docs/design.md): the batch earns expected tokens per second, ``(R + sum S) / cost``. The ratio is
 highest when every node and every draft level is taken whose expected tokens exceed its seconds times that same rate.

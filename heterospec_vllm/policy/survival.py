@@ -226,7 +226,7 @@ def log_loss(probability: Floats, accepted: Floats) -> float:
 
 
 def _flat(nodes: NodeFeatures) -> tuple[Floats, Ints, Ints, Ints]:
-    """The fields as :mod:`level_loops` takes them."""
+    """The fields as the compiled loops take them."""
     return (
         np.ravel(nodes.log_probs).astype(np.float64, copy=False),
         np.ravel(nodes.depths).astype(np.int64, copy=False),

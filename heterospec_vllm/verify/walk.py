@@ -4,7 +4,7 @@
 At every visited row the target emits the token it would emit there without speculation (greedy: argmax). If a
 child carries that token, the walk goes there; otherwise it ends. The tokens are the target's, the tree only says
 how many of them one forward pass yields, so the output distribution is the target's for any tree that was chosen
-without looking at this step's target data (design.md section 2.7 of the project's docs).
+without looking at this step's target data (docs/design.md, "Why the answers do not change").
 
 Where every row's token is its argmax or a plain sample, ``kernels/cpu/walk.py`` does the same in one call.
 """

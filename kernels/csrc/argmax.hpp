@@ -9,7 +9,7 @@
 
 namespace heterospec {
 
-// Field order and sizes are those of `_PACK` in argmax_rows_cpu.py. Strides count elements.
+// Field order and sizes are those of `_PACK` in cpu/argmax_rows.py. Strides count elements.
 struct ArgmaxArguments {
   int64_t element_size, num_rows, num_columns, row_stride;
   const void* values;

@@ -16,7 +16,7 @@ namespace heterospec {
 constexpr int kChunk = 128;  // keys whose scores are held at a time; a multiple of 2 * kLanes
 constexpr int kMaxPieces = kChunk / kLanes;
 
-// Field order and sizes are those of the `_PACK`s in tree_attention_cpu.py. Strides count elements.
+// Field order and sizes are those of the `_PACK`s in cpu/tree_attention.py. Strides count elements.
 struct Arguments {
   // A layer's pages and heads.
   int64_t dtype, isa;  // isa: 0 `vec`, 1 `amx` (pages.hpp)

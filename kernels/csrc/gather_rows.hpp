@@ -7,13 +7,13 @@
 
 namespace heterospec {
 
-// Field order and sizes are those of `_PACK_SOURCE` in gather_rows_cpu.py.
+// Field order and sizes are those of `_PACK_SOURCE` in cpu/gather_rows.py.
 struct RowSource {
   const char* data;
   int64_t row_stride, row_bytes;  // both in bytes
 };
 
-// Field order and sizes are those of `_PACK` in gather_rows_cpu.py; `num_sources` records of RowSource follow.
+// Field order and sizes are those of `_PACK` in cpu/gather_rows.py; `num_sources` records of RowSource follow.
 struct GatherArguments {
   int64_t num_sources, num_rows;
   const int64_t* rows;  // [num_rows]

@@ -9,7 +9,7 @@
 
 namespace heterospec {
 
-// Field order and sizes are those of `_PACK_WEIGHTS` and `_PACK` in head_layer_cpu.py. Matrices are
+// Field order and sizes are those of `_PACK_WEIGHTS` and `_PACK` in cpu/head_layer.py. Matrices are
 // contiguous, linear weights packed.
 struct HeadArguments {
   int64_t hidden_size, intermediate_size, rotary_size;

@@ -8,7 +8,7 @@
 
 namespace heterospec {
 
-// Field order and sizes are those of `_PACK` in kv_compact_cpu.py. Strides count elements.
+// Field order and sizes are those of `_PACK` in cpu/kv_compact.py. Strides count elements.
 struct CompactArguments {
   int64_t element_size, isa, num_layers, num_moves, num_kv_heads, head_size, block_size;
   int64_t block_stride, head_stride;  // of [num_blocks, num_kv_heads, 2 * block_size, head_size]

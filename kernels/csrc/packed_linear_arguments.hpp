@@ -7,7 +7,7 @@
 
 namespace heterospec {
 
-// Field order and sizes are those of `_PACK` in packed_linear_cpu.py. Matrices are contiguous but for the input's rows.
+// Field order and sizes are those of `_PACK` in cpu/packed_linear.py. Matrices are contiguous but for the input's rows.
 struct PackedLinearArguments {
   int64_t dtype, num_rows, depth, num_columns, input_stride;
   const void *input, *weight, *bias;  // weight: packed; bias: [num_columns], or null for none

@@ -8,7 +8,7 @@
 
 namespace heterospec {
 
-// Field order and sizes are those of `_PACK` in tap_fusion_cpu.py. Matrices are contiguous, the weight is packed.
+// Field order and sizes are those of `_PACK` in cpu/tap_fusion.py. Matrices are contiguous, the weight is packed.
 struct TapArguments {
   int64_t dtype, num_rows, num_taps, tap_size, num_columns;
   double epsilon;

@@ -11,7 +11,7 @@
 
 namespace heterospec {
 
-// Field order and sizes are those of `_PACK` in top_tokens_cpu.py.
+// Field order and sizes are those of `_PACK` in cpu/top_tokens.py.
 struct TopArguments {
   int64_t dtype, num_rows, depth, num_columns, top_k;
   const void *rows, *weight;  // [num_rows, depth] contiguous; packed, with columns to fill the last panel

@@ -10,7 +10,7 @@
 
 namespace heterospec {
 
-// Field order and sizes are those of `_PACK` in walk_cpu.py. Strides count elements.
+// Field order and sizes are those of `_PACK` in cpu/walk.py. Strides count elements.
 struct WalkArguments {
   int64_t dtype, num_reqs, max_nodes, max_emitted, num_columns, row_stride;
   const void* values;

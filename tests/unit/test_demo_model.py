@@ -306,6 +306,19 @@ def test_last_output_line_names_target_and_head(
     assert model_cache.manifest_mismatch(target) is None
 
 
+def test_missing_gguf_is_named_before_any_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_gguf: Path
+) -> None:
+    monkeypatch.setattr(model, "find_spec", lambda _name: None)
+    monkeypatch.setattr(
+        model_cache, "download_gguf", lambda _dir, _console: pytest.fail("it fetched the weights")
+    )
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    result = CliRunner().invoke(app, ["demo-model"])
+    assert result.exit_code == 1
+    assert "found no library gguf, allowed: an installation with the extra `demo`" in result.stderr
+
+
 def test_missing_head_is_named_before_any_download(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

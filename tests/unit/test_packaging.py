@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a stranger gets: the built wheel, the installed entry points, the command line."""
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from importlib import metadata, resources
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,7 +59,7 @@ def test_wheel_holds_every_source_and_data_file(wheel: Path) -> None:
     expected = {
         f"heterospec_vllm/{folder}{path.relative_to(ROOT / source)}"
         for source, folder, patterns in (
-            ("heterospec_vllm", "", ("**/*.py", "assets/**/*")),
+            ("heterospec_vllm", "", ("**/*.py", "assets/**/*", "py.typed")),
             ("kernels", "kernels/", ("**/*.py", "csrc/*")),
             ("configs", "configs/", ("*.json", "profiles/*")),
         )
@@ -108,3 +112,60 @@ def test_cli_help_is_light_and_lists_every_command() -> None:
     )
     for command in ("demo", "demo-model", "step-table", "train-head"):
         assert f" {command} " in printed
+
+
+def _imports(path: Path) -> set[str]:
+    """First names of everything that a file imports, inside functions, too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").split(".")[0])
+    return found
+
+
+def test_hard_dependencies_are_what_serving_and_the_command_import() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named = {re.split(r"[<>=\[]", line)[0] for line in project["dependencies"]}
+    optional = {"bench", "demo", "training"}  # folders whose libraries are extras
+    folders = [
+        path
+        for path in (ROOT / "heterospec_vllm").iterdir()
+        if path.name not in optional | {"configs", "kernels", "__pycache__"}
+    ]
+    files = [file for path in folders for file in ([path], path.rglob("*.py"))[path.is_dir()]]
+    imported = set().union(*(_imports(file) for file in files if file.suffix == ".py"))
+    assert named - imported == set()
+    extras = project["optional-dependencies"]
+    assert any(line.startswith("gguf") for line in extras["demo"])
+
+
+def test_the_demo_model_loads_without_gguf() -> None:
+    run_python(
+        "import sys\n"
+        "sys.modules['gguf'] = None\n"
+        "import heterospec_vllm.demo.model_cache, heterospec_vllm.cli.main"
+    )
+
+
+def test_ci_runs_the_one_check_and_hooks_need_no_fetch() -> None:
+    ci = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    steps = ci["jobs"]["check"]["steps"]
+    assert [step["run"] for step in steps if "run" in step] == [".ci/run"]
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    assert [repo["repo"] for repo in hooks["repos"]] == ["local"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    installed = {re.split(r"[<>=]", line)[0] for line in project["optional-dependencies"]["dev"]}
+    for hook in hooks["repos"][0]["hooks"]:
+        assert hook["language"] == "system"
+        tool = hook["entry"].split()[0].removeprefix(".venv/bin/").removeprefix("git-")
+        assert tool in installed, hook
+
+
+def test_the_readme_is_one_page() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 80
+    prose = re.sub(r"<!-- table: begin -->.*<!-- table: end -->", "", text, flags=re.DOTALL)
+    assert len(re.findall(r"(?<![\w.-])\d[\d.]*", re.sub(r"\]\([^)]*\)", "", prose))) <= 15
+    assert (ROOT / "docs" / "tree.png").stat().st_size < 150_000
