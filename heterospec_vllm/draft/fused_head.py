@@ -27,7 +27,7 @@ from heterospec_vllm.arrays import Floats, Ints
 from heterospec_vllm.draft.taps import TapFusion
 from heterospec_vllm.kernels.cpu import packed_linear, tap_fusion, top_tokens
 from heterospec_vllm.kernels.cpu.head_layer import HeadLayerWeights, head_layer_cpu
-from heterospec_vllm.kernels.cpu.tree_attention import unavailable_reason
+from heterospec_vllm.kernels.cpu.library import unavailable_reason
 from heterospec_vllm.layers.linears_cpu import packed_weight
 
 logger = init_logger(__name__)

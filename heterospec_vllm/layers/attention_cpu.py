@@ -22,12 +22,8 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from heterospec_vllm.kernels.cpu.draft_attention import draft_attention_cpu
-from heterospec_vllm.kernels.cpu.tree_attention import (
-    is_available,
-    launch,
-    pack_layer,
-    pack_requests,
-)
+from heterospec_vllm.kernels.cpu.library import is_available
+from heterospec_vllm.kernels.cpu.tree_attention import launch, pack_layer, pack_requests
 from heterospec_vllm.kernels.reference import cpu as reference
 from heterospec_vllm.layers.batch_split import requests_from
 from heterospec_vllm.timing import CLOCK

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .library import c_entry
+from .library import DTYPE_CODES, c_entry
 from .packed_linear import size_of
 from .tree_attention import (
     BLOCK_SIZE_MULTIPLE,
-    DTYPE_CODES,
     NO_ROWS,
     SUPPORTED_HEAD_SIZES,
     pack_layer,

@@ -29,6 +29,9 @@ _SOURCE_DIR = Path(__file__).parents[1] / "csrc"
 _COMPILERS = ("g++", "c++")
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wno-psabi")
 
+# What the kernels call a dtype (csrc/kernels.cpp: by_dtype).
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
 
 class LibraryUnavailable(RuntimeError):
     """The library cannot be built or loaded here; the message says why and what to do."""
@@ -70,7 +73,7 @@ def load_library() -> ctypes.CDLL:
 @functools.cache
 def _load(build: str) -> ctypes.CDLL:
     # No -fopenmp when it is linked: see the module's docstring.
-    return _built("tree_attention.cpp", ["-fopenmp", *_target_flags(build)], [])
+    return _built("kernels.cpp", ["-fopenmp", *_target_flags(build)], [])
 
 
 @functools.cache
@@ -188,3 +191,25 @@ def _compile(command: list[str], source: Path, linked_with: list[str], path: Pat
         linked.replace(path)
     took = time.monotonic() - start
     print(f"heterospec: compiled in {took:.1f} s, kept in {path.parent}", file=sys.stderr)
+
+
+def is_available() -> bool:
+    """Whether the kernels can run here; builds them the first time (seconds). Never raises."""
+    return unavailable_reason() is None
+
+
+@functools.cache
+def unavailable_reason() -> str | None:
+    """Why the kernels cannot run here, or None if they can; builds them the first time (seconds)."""
+    try:
+        load_library()
+    except LibraryUnavailable as error:
+        return str(error)
+    return None
+
+
+def instruction_set() -> str:
+    """What the library was compiled for: "amx", "avx512_bf16", "avx512", "avx2" or "portable"."""
+    entry = load_library().heterospec_instruction_set
+    entry.restype = ctypes.c_char_p
+    return entry().decode()

@@ -5,8 +5,7 @@ import struct
 
 import torch
 
-from .library import c_entry
-from .tree_attention import DTYPE_CODES
+from .library import DTYPE_CODES, c_entry
 
 _PACK = struct.Struct("=5q4Q").pack  # csrc/packed_linear.hpp: PackedLinearArguments
 LANES = 16

@@ -5,9 +5,8 @@ import struct
 
 import torch
 
-from .library import c_entry
+from .library import DTYPE_CODES, c_entry
 from .packed_linear import LANES, size_of
-from .tree_attention import DTYPE_CODES
 
 _PACK = struct.Struct("=5qd4Q").pack  # csrc/tap_fusion.hpp: TapArguments
 

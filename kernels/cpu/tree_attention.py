@@ -1,47 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tree attention on CPU over vLLM's paged KV cache (C++, csrc/)."""
 
-import ctypes
-import functools
 import struct
 
 import torch
 
-from .library import LibraryUnavailable, c_entry, load_library
+from .library import DTYPE_CODES, c_entry
 
 MAX_ROWS = 64  # rows a request: the width of the ancestor mask
 SUPPORTED_HEAD_SIZES = tuple(range(32, 257, 32))  # vLLM stores other sizes as `vec16`
 BLOCK_SIZE_MULTIPLE = 16
 
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # How vLLM lays out the pages (csrc/pages.hpp); "amx" is for bfloat16 only.
 ISA_CODES = {"vec": 0, "amx": 1}
 # csrc/attend.hpp: Arguments, in three parts
 _PACK_LAYER = struct.Struct("=2q2Q8qd").pack
 _PACK_REQUESTS = struct.Struct("=3q7Q4q").pack
 _PACK_ROWS = struct.Struct("=2Q4q").pack
-
-
-def is_available() -> bool:
-    """Whether the kernel can run here; builds it the first time (seconds). Never raises."""
-    return unavailable_reason() is None
-
-
-@functools.cache
-def unavailable_reason() -> str | None:
-    """Why the kernel cannot run here, or None if it can; builds it the first time (seconds)."""
-    try:
-        load_library()
-    except LibraryUnavailable as error:
-        return str(error)
-    return None
-
-
-def instruction_set() -> str:
-    """What the library was compiled for: "amx", "avx512_bf16", "avx512", "avx2" or "portable"."""
-    entry = load_library().heterospec_tree_attention_isa
-    entry.restype = ctypes.c_char_p
-    return entry().decode()
 
 
 def tree_attention_cpu(
@@ -87,7 +62,7 @@ def tree_attention_cpu(
         num_threads: OpenMP threads at most; None takes torch's number.
 
     Raises:
-        LibraryUnavailable: the kernel cannot be built (see `unavailable_reason`).
+        LibraryUnavailable: the kernel cannot be built.
     """
     assert key_cache.dtype == value_cache.dtype == query.dtype
     launch(

@@ -5,8 +5,7 @@ import struct
 
 import torch
 
-from .library import c_entry
-from .tree_attention import DTYPE_CODES
+from .library import DTYPE_CODES, c_entry
 
 _PACK = struct.Struct("=6q11Q").pack  # csrc/walk.hpp: WalkArguments
 

@@ -12,10 +12,10 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Entries of the kernels' library (tree_attention.cpp), set before the first call.
+// Entries of the kernels' library (kernels.cpp), set before the first call.
 int (*packed_linear_entry)(const heterospec::PackedLinearArguments*) = nullptr;
 
-// DTYPE_CODES in tree_attention_cpu.py.
+// DTYPE_CODES in library.py.
 int64_t code_of(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Float: return 0;
@@ -35,7 +35,7 @@ Tensor empty_matrix(int64_t num_rows, int64_t num_columns, const Tensor& like) {
   return Tensor(handle);
 }
 
-// As packed_linear_cpu.py.
+// As packed_linear_cpu in packed_linear.py.
 Tensor packed_linear(const Tensor& rows, const Tensor& packed, const std::optional<Tensor>& bias) {
   constexpr int64_t kLanes = 16;
   const int64_t num_columns = packed.size(0) * kLanes, depth = rows.size(1);

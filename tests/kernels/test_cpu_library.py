@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 
 from heterospec_vllm.kernels.cpu import library
-from heterospec_vllm.kernels.cpu import tree_attention as kernel
 
 BUILD_IN_NEW_PROCESS = [
     sys.executable,
     "-c",
-    "from heterospec_vllm.kernels import tree_attention_cpu as k; print(k.is_available())",
+    "from heterospec_vllm.kernels.cpu import library; print(library.is_available())",
 ]
 
 
@@ -24,7 +23,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Nothing loaded, nothing cached; what other tests loaded is back afterwards."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("CXX", raising=False)
-    caches = (library._load, library.c_entry, kernel.unavailable_reason)
+    caches = (library._load, library.c_entry, library.unavailable_reason)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -34,8 +33,8 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert not kernel.is_available()
-    assert "no C++ compiler: looked for g++ and c++" in (kernel.unavailable_reason() or "")
+    assert not library.is_available()
+    assert "no C++ compiler: looked for g++ and c++" in (library.unavailable_reason() or "")
     with pytest.raises(library.LibraryUnavailable, match="install g\\+\\+"):
         library.load_library()
 
@@ -45,7 +44,7 @@ def test_compiler_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     compiler.write_text("#!/bin/sh\necho 'internal error 42' >&2\nexit 1\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    reason = kernel.unavailable_reason() or ""
+    reason = library.unavailable_reason() or ""
     assert "failed" in reason and "internal error 42" in reason
     assert not list(library.cache_dir().glob("*.so"))
     assert not list(library.cache_dir().glob("build-*"))
@@ -55,7 +54,7 @@ def test_unwritable_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     blocked = tmp_path / "file"
     blocked.write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
-    assert "cannot write the cache folder" in (kernel.unavailable_reason() or "")
+    assert "cannot write the cache folder" in (library.unavailable_reason() or "")
 
 
 def test_damaged_library(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +62,7 @@ def test_damaged_library(monkeypatch: pytest.MonkeyPatch) -> None:
         path.write_bytes(b"not a library")
 
     monkeypatch.setattr(library, "_compile", write_rubbish)
-    assert "does not load" in (kernel.unavailable_reason() or "")
+    assert "does not load" in (library.unavailable_reason() or "")
 
 
 def test_key_follows_sources_flags_and_versions(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,9 +97,9 @@ OPENMP_PROBE = """
 import sys
 from pathlib import Path
 import torch
-from heterospec_vllm.kernels import cpu_library
-cpu_library.choose_build(sys.argv[1])
-threads = cpu_library.load_library().heterospec_tree_attention_threads
+from heterospec_vllm.kernels.cpu import library
+library.choose_build(sys.argv[1])
+threads = library.load_library().heterospec_max_threads
 for count in (3, 1):
     torch.set_num_threads(count)
     assert threads() == count, (threads(), count)

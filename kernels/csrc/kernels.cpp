@@ -129,7 +129,7 @@ HETEROSPEC_EXPORT int heterospec_walk(const heterospec::WalkArguments* args) {
 }
 
 // What the library was built for, for messages.
-HETEROSPEC_EXPORT const char* heterospec_tree_attention_isa() {
+HETEROSPEC_EXPORT const char* heterospec_instruction_set() {
 #if defined(HETEROSPEC_AMX)
   return "amx";
 #elif defined(HETEROSPEC_BF16_DOT)
@@ -143,4 +143,4 @@ HETEROSPEC_EXPORT const char* heterospec_tree_attention_isa() {
 #endif
 }
 
-HETEROSPEC_EXPORT int heterospec_tree_attention_threads() { return heterospec::max_threads(); }
+HETEROSPEC_EXPORT int heterospec_max_threads() { return heterospec::max_threads(); }
