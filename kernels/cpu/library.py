@@ -25,6 +25,8 @@ from pathlib import Path
 
 import torch
 
+from .structs import STRUCTS
+
 _SOURCE_DIR = Path(__file__).parents[1] / "csrc"
 _COMPILERS = ("g++", "c++")
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wno-psabi")
@@ -73,7 +75,22 @@ def load_library() -> ctypes.CDLL:
 @functools.cache
 def _load(build: str) -> ctypes.CDLL:
     # No -fopenmp when it is linked: see the module's docstring.
-    return _built("kernels.cpp", ["-fopenmp", *_target_flags(build)], [])
+    library = _built("kernels.cpp", ["-fopenmp", *_target_flags(build)], [])
+    _check_sizes(library)
+    return library
+
+
+def _check_sizes(library: ctypes.CDLL) -> None:
+    """Raises LibraryUnavailable where C++ takes a struct of another size than we pack."""
+    size_of = library.heterospec_size_of
+    size_of.argtypes, size_of.restype = [ctypes.c_char_p], ctypes.c_int64
+    for name, packed in STRUCTS.items():
+        found = size_of(name.encode())
+        if found != packed.size:
+            raise LibraryUnavailable(
+                f"csrc/ and cpu/structs.py disagree: {name}: found {found} bytes in C++,"
+                f" allowed: {packed.size} ({packed.format})"
+            )
 
 
 @functools.cache

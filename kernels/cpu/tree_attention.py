@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tree attention on CPU over vLLM's paged KV cache (C++, csrc/)."""
 
-import struct
-
 import torch
 
 from .library import DTYPE_CODES, c_entry
+from .structs import STRUCTS
 
 MAX_ROWS = 64  # rows a request: the width of the ancestor mask
 SUPPORTED_HEAD_SIZES = tuple(range(32, 257, 32))  # vLLM stores other sizes as `vec16`
@@ -13,10 +12,9 @@ BLOCK_SIZE_MULTIPLE = 16
 
 # How vLLM lays out the pages (csrc/pages.hpp); "amx" is for bfloat16 only.
 ISA_CODES = {"vec": 0, "amx": 1}
-# csrc/attend.hpp: Arguments, in three parts
-_PACK_LAYER = struct.Struct("=2q2Q8qd").pack
-_PACK_REQUESTS = struct.Struct("=3q7Q4q").pack
-_PACK_ROWS = struct.Struct("=2Q4q").pack
+_PACK_LAYER = STRUCTS["LayerArguments"].pack
+_PACK_REQUESTS = STRUCTS["RequestArguments"].pack
+_PACK_ROWS = STRUCTS["RowArguments"].pack
 
 
 def tree_attention_cpu(
@@ -75,7 +73,7 @@ def tree_attention_cpu(
     )
 
 
-# The tail fields of csrc/attend.hpp: Arguments, none of it given.
+# The tail fields of RequestArguments (csrc/attend.hpp), none of it given.
 NO_TAIL = (0,) * 7
 
 

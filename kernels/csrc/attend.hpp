@@ -16,15 +16,20 @@ namespace heterospec {
 constexpr int kChunk = 128;  // keys whose scores are held at a time; a multiple of 2 * kLanes
 constexpr int kMaxPieces = kChunk / kLanes;
 
-// Field order and sizes are those of the `_PACK`s in tree_attention_cpu.py. Strides count elements.
-struct Arguments {
-  // A layer's pages and heads.
+// Field order and sizes of these three are those in structs.py. Strides count elements.
+
+// A layer's pages and heads.
+struct LayerArguments {
   int64_t dtype, isa;  // isa: 0 `vec`, 1 `amx` (pages.hpp)
   const void *key_cache, *value_cache;
   int64_t num_heads, num_kv_heads, head_size, block_size;
   int64_t key_block_stride, key_head_stride, value_block_stride, value_head_stride;
   double scale;
-  // The requests of a step.
+};
+static_assert(sizeof(LayerArguments) == 104);
+
+// The requests of a step.
+struct RequestArguments {
   int64_t num_threads, num_reqs, block_table_stride;
   const int32_t *query_start_loc, *seq_lens, *block_table;
   const uint64_t* ancestor_mask;
@@ -33,11 +38,20 @@ struct Arguments {
   const void *tail_key, *tail_value;
   const int32_t* tail_index;  // [num_tokens, max_tail], -1 padded
   int64_t max_tail, tail_key_stride, tail_value_stride, tail_head_stride;
-  // The step's rows in this layer.
+};
+static_assert(sizeof(RequestArguments) == 112);
+
+// The step's rows in a layer.
+struct RowArguments {
   const void* query;
   void* output;
   int64_t query_token_stride, query_head_stride, output_token_stride, output_head_stride;
 };
+static_assert(sizeof(RowArguments) == 48);
+
+// One after the other, as Python sends them.
+struct Arguments : LayerArguments, RequestArguments, RowArguments {};
+static_assert(sizeof(Arguments) == sizeof(LayerArguments) + sizeof(RequestArguments) + sizeof(RowArguments));
 
 // The running softmax of a set of rows: largest score (base-2), sum of weights, weighted values.
 struct Partial {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products of rows with the weight of a linear layer, packed once into panels (`pack_weight` in packed_linear_cpu.py).
+// Products of rows with the weight of a linear layer, packed once into panels (`pack_weight` in packed_linear.py).
 // With few rows, a decoding step's or a tree's, the time is that of reading the weight; what is read next is fetched
 // while the rows are multiplied. Without tiles an element's sum does not depend on how many rows there are.
 #pragma once

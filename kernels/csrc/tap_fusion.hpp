@@ -8,13 +8,14 @@
 
 namespace heterospec {
 
-// Field order and sizes are those of `_PACK` in tap_fusion_cpu.py. Matrices are contiguous, the weight is packed.
+// Field order and sizes are those in structs.py. Matrices are contiguous, the weight is packed.
 struct TapArguments {
   int64_t dtype, num_rows, num_taps, tap_size, num_columns;
   double epsilon;
   const void *features, *norms, *weight;  // norms: [num_taps, tap_size], or null for none
   void* fused;                            // [num_rows, num_columns], written
 };
+static_assert(sizeof(TapArguments) == 80);
 
 // L: what rows are multiplied as, bfloat16 for products of pairs.
 template <typename T, typename L>

@@ -11,7 +11,7 @@
 
 namespace heterospec {
 
-// Field order and sizes are those of `_PACK` in top_tokens_cpu.py.
+// Field order and sizes are those in structs.py.
 struct TopArguments {
   int64_t dtype, num_rows, depth, num_columns, top_k;
   const void *rows, *weight;  // [num_rows, depth] contiguous; packed, with columns to fill the last panel
@@ -19,6 +19,7 @@ struct TopArguments {
   int64_t* tokens;            // [num_rows, top_k], written
   float* log_probs;           // [num_rows, top_k], written
 };
+static_assert(sizeof(TopArguments) == 80);
 
 // The logarithm of the sum of exponentials; NaN where a logit is NaN or +inf, or all are -inf.
 inline float log_sum_exp(const float* logits, int64_t count) {

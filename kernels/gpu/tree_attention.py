@@ -2,7 +2,7 @@
 """Tree attention on GPU over vLLM's paged KV cache: launcher and what is compiled ahead of time.
 
 The contract and the mathematics are in `tree_attention_kernels.py`, tiles and refusals in `tree_attention_plan.py`,
-the truth in `tree_attention_reference.py`. Launches per layer: one, two where a long context is split.
+the truth in `reference/tree_attention.py`. Launches per layer: one, two where a long context is split.
 """
 
 from collections.abc import Iterator

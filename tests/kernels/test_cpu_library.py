@@ -2,6 +2,8 @@
 """Building the CPU library on first use: the cache, races, and machines without a compiler."""
 
 import os
+import re
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from heterospec_vllm.kernels.cpu import library
+from heterospec_vllm.kernels.cpu.structs import STRUCTS
 
 BUILD_IN_NEW_PROCESS = [
     sys.executable,
@@ -73,6 +76,29 @@ def test_key_follows_sources_flags_and_versions(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(library.torch, "__version__", "0.0")
     keys.add(library._key(command))
     assert len(keys) == 4
+
+
+def test_a_struct_of_another_size_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")  # the library that the user has
+    library.load_library()
+    library._load.cache_clear()
+    wrong = {**STRUCTS, "WalkArguments": struct.Struct("=6q12Q")}
+    monkeypatch.setattr(library, "STRUCTS", wrong)
+    with pytest.raises(
+        library.LibraryUnavailable, match="WalkArguments: found 136 bytes in C.., allowed: 144"
+    ):
+        library.load_library()
+    monkeypatch.setattr(library, "STRUCTS", {"Unknown": struct.Struct("=q")})
+    assert "Unknown: found -1 bytes" in (library.unavailable_reason() or "")
+
+
+def test_every_struct_is_checked_on_both_sides() -> None:
+    folder = Path(library.__file__).parents[1]
+    sources = "".join(path.read_text() for path in (folder / "csrc").iterdir())
+    asserted = dict(re.findall(r"static_assert\(sizeof\((\w+)\) == (\d+)\)", sources))
+    assert asserted == {name: str(packed.size) for name, packed in STRUCTS.items()}
+    packing = [path.name for path in folder.rglob("*.py") if "struct.Struct(" in path.read_text()]
+    assert packing == ["structs.py"]
 
 
 @pytest.mark.full
