@@ -65,9 +65,15 @@ class FusedHead:
 
     def forward(self, **rows: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """`head_layer_cpu` with this head's weights and pages: (normed output, output)."""
-        keys, values = self._attention.impl.key_value_pages(self._attention.kv_cache)
-        isa = self._attention.isa
-        return head_layer_cpu(self._weights, key_cache=keys, value_cache=values, isa=isa, **rows)
+        attention = self._attention
+        pages = attention.impl.pages_of(attention.kv_cache, attention.isa)
+        return head_layer_cpu(
+            self._weights,
+            key_cache=pages.key_cache,
+            value_cache=pages.value_cache,
+            isa=pages.isa,
+            **rows,
+        )
 
     def store_keys(
         self,
