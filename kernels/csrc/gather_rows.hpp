@@ -20,7 +20,9 @@ struct GatherArguments {
   const int64_t* rows;  // [num_rows]
   char* out;            // [num_rows, bytes of all sources' rows together], written
 
-  const RowSource& source(int64_t i) const { return reinterpret_cast<const RowSource*>(this + 1)[i]; }
+  const RowSource& source(int64_t i) const {
+    return reinterpret_cast<const RowSource*>(this + 1)[i];
+  }
 };
 static_assert(sizeof(GatherArguments) == 32);
 

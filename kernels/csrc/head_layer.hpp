@@ -25,9 +25,10 @@ struct HeadInputs {
   int64_t num_rows;
   const int64_t *token_ids, *positions;  // [num_rows]
   const void* hidden;                    // [num_rows, hidden_size]
-  void *own_keys, *own_values;           // [num_rows, num_kv_heads, head_size], written: the tail's rows of this call
-  const int64_t* slots;                  // [num_rows] pages that are written too, or null
-  void *normed, *output;                 // [num_rows, hidden_size], written
+  // [num_rows, num_kv_heads, head_size], written: the tail's rows of this call.
+  void *own_keys, *own_values;
+  const int64_t* slots;   // [num_rows] pages that are written too, or null
+  void *normed, *output;  // [num_rows, hidden_size], written
 };
 static_assert(sizeof(HeadInputs) == 72);
 
@@ -35,7 +36,8 @@ static_assert(sizeof(HeadInputs) == 72);
 struct HeadArguments : HeadWeights, HeadInputs {
   Arguments attention;  // its query and output are this layer's own
 };
-static_assert(sizeof(HeadArguments) == sizeof(HeadWeights) + sizeof(HeadInputs) + sizeof(Arguments));
+static_assert(sizeof(HeadArguments) ==
+              sizeof(HeadWeights) + sizeof(HeadInputs) + sizeof(Arguments));
 
 // L: what rows are multiplied as, bfloat16 for products of pairs.
 template <typename T, typename Pages, typename L>

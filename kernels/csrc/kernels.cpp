@@ -68,13 +68,14 @@ struct NamedSize {
   int64_t bytes;
 };
 
-#define HETEROSPEC_SIZE(type) \
-  { #type, sizeof(heterospec::type) }
+#define HETEROSPEC_SIZE(type) {#type, sizeof(heterospec::type)}
 constexpr NamedSize kSizes[] = {
-    HETEROSPEC_SIZE(LayerArguments),   HETEROSPEC_SIZE(RequestArguments), HETEROSPEC_SIZE(RowArguments),
-    HETEROSPEC_SIZE(HeadWeights),      HETEROSPEC_SIZE(HeadInputs),       HETEROSPEC_SIZE(GatherArguments),
-    HETEROSPEC_SIZE(RowSource),        HETEROSPEC_SIZE(ArgmaxArguments),  HETEROSPEC_SIZE(CompactArguments),
-    HETEROSPEC_SIZE(PackedLinearArguments), HETEROSPEC_SIZE(TapArguments), HETEROSPEC_SIZE(TopArguments),
+    HETEROSPEC_SIZE(LayerArguments),   HETEROSPEC_SIZE(RequestArguments),
+    HETEROSPEC_SIZE(RowArguments),     HETEROSPEC_SIZE(HeadWeights),
+    HETEROSPEC_SIZE(HeadInputs),       HETEROSPEC_SIZE(GatherArguments),
+    HETEROSPEC_SIZE(RowSource),        HETEROSPEC_SIZE(ArgmaxArguments),
+    HETEROSPEC_SIZE(CompactArguments), HETEROSPEC_SIZE(PackedLinearArguments),
+    HETEROSPEC_SIZE(TapArguments),     HETEROSPEC_SIZE(TopArguments),
     HETEROSPEC_SIZE(WalkArguments),
 };
 #undef HETEROSPEC_SIZE
@@ -148,9 +149,7 @@ HETEROSPEC_EXPORT int heterospec_argmax_rows(const heterospec::ArgmaxArguments* 
 
 // Returns 0, or 1 for a dtype code it does not know.
 HETEROSPEC_EXPORT int heterospec_walk(const heterospec::WalkArguments* args) {
-  return by_dtype(args->dtype, [&](auto type, auto) {
-    heterospec::walk<decltype(type)>(*args);
-  });
+  return by_dtype(args->dtype, [&](auto type, auto) { heterospec::walk<decltype(type)>(*args); });
 }
 
 // What the library was built for, for messages.

@@ -38,8 +38,8 @@ void fuse_taps(const TapArguments& args) {
         convert(features + at, left + at, args.tap_size);
     }
 #pragma omp barrier
-    project(left, depth, args.num_rows, static_cast<const T*>(args.weight), depth, args.num_columns, sums,
-            args.num_columns);
+    project(left, depth, args.num_rows, static_cast<const T*>(args.weight), depth, args.num_columns,
+            sums, args.num_columns);
 #pragma omp barrier
     const Share all(args.num_rows * args.num_columns, kLanes);
     convert(sums + all.begin, static_cast<T*>(args.fused) + all.begin, all.end - all.begin);
