@@ -60,6 +60,7 @@ gpu-serve-check: ## on a GPU machine with the extras [cuda,dev,bench]: identity 
 quality: install ## lint, format check, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror kernels/csrc/*
 	$(BIN)/mypy
 
 clean: ## remove .venv and caches
