@@ -60,6 +60,7 @@ gpu-serve-check: ## on a GPU machine with the extras [cuda,demo,dev,bench]: iden
 quality: install ## lint, format check, types, import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror kernels/csrc/*
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 

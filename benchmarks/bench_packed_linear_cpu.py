@@ -16,9 +16,8 @@ import torch
 import vllm._custom_ops as ops
 from vllm.platforms import current_platform
 
-from heterospec_vllm.kernels.cpu.library import BUILDS, choose_build
+from heterospec_vllm.kernels.cpu.library import BUILDS, choose_build, instruction_set
 from heterospec_vllm.kernels.cpu.packed_linear import pack_weight, packed_linear_cpu
-from heterospec_vllm.kernels.cpu.tree_attention import instruction_set
 
 HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY = 576, 1536, 30, 49152
 LAYER = [(960, HIDDEN), (HIDDEN, HIDDEN), (2 * INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)]

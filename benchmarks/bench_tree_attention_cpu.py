@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from heterospec_vllm.kernels.cpu import tree_attention as kernel
+from heterospec_vllm.kernels.cpu.library import instruction_set
+from heterospec_vllm.kernels.cpu.tree_attention import ISA_CODES
 from heterospec_vllm.layers.op_timing import Case, Heads, measure
 
 TARGET_RATIO = 1.10
@@ -53,9 +54,7 @@ def main() -> None:
     parser.add_argument(
         "--queries-per-kv", type=int, nargs="+", choices=HEADS, default=list(HEADS), metavar="N"
     )
-    parser.add_argument(
-        "--isa", choices=kernel.ISA_CODES, default="vec", help="layout of the pages"
-    )
+    parser.add_argument("--isa", choices=ISA_CODES, default="vec", help="layout of the pages")
     parser.add_argument("--quick", action="store_true", help="a few cases")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -63,9 +62,7 @@ def main() -> None:
     rows = [4, 16] if args.quick else [4, 8, 16, 32, 64]
     requests = [1, 4] if args.quick else [1, 4, 16]
     header = f"{'q/kv':>5}{'context':>9}{'rows':>6}{'requests':>10}"
-    print(
-        f"{args.dtype}, isa {args.isa}, {torch.get_num_threads()} threads, {kernel.instruction_set()}"
-    )
+    print(f"{args.dtype}, isa {args.isa}, {torch.get_num_threads()} threads, {instruction_set()}")
     print(f"{header}{'vLLM us':>11}{'ours us':>11}{'ratio':>8}")
     results = []
     shapes = itertools.product(args.queries_per_kv, contexts, rows, requests)

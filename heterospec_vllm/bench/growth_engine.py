@@ -245,7 +245,7 @@ def _prompts(llm: Any, point: Point) -> Iterator[list[int]]:
 
 def _time_attention(llm: Any, point: Point) -> Timing | None:
     """One layer's call of our op and of vLLM's, on the engine's own threads; None without our kernel."""
-    from heterospec_vllm.kernels.cpu.tree_attention import is_available
+    from heterospec_vllm.kernels.cpu.library import is_available
     from heterospec_vllm.layers.op_timing import Case, Heads, measure
 
     if not is_available():

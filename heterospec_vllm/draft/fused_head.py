@@ -27,7 +27,7 @@ from heterospec_vllm.arrays import Floats, Ints
 from heterospec_vllm.draft.taps import TapFusion
 from heterospec_vllm.kernels.cpu import packed_linear, tap_fusion, top_tokens
 from heterospec_vllm.kernels.cpu.head_layer import HeadLayerWeights, head_layer_cpu
-from heterospec_vllm.kernels.cpu.tree_attention import unavailable_reason
+from heterospec_vllm.kernels.cpu.library import unavailable_reason
 from heterospec_vllm.layers.linears_cpu import packed_weight
 
 logger = init_logger(__name__)
@@ -65,9 +65,15 @@ class FusedHead:
 
     def forward(self, **rows: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """`head_layer_cpu` with this head's weights and pages: (normed output, output)."""
-        keys, values = self._attention.impl.key_value_pages(self._attention.kv_cache)
-        isa = self._attention.isa
-        return head_layer_cpu(self._weights, key_cache=keys, value_cache=values, isa=isa, **rows)
+        attention = self._attention
+        pages = attention.impl.pages_of(attention.kv_cache, attention.isa)
+        return head_layer_cpu(
+            self._weights,
+            key_cache=pages.key_cache,
+            value_cache=pages.value_cache,
+            isa=pages.isa,
+            **rows,
+        )
 
     def store_keys(
         self,

@@ -12,7 +12,7 @@ import torch
 from heterospec_vllm.arrays import NO_ROW, Ints
 from heterospec_vllm.compiled import compiled
 from heterospec_vllm.kernels.cpu.gather_rows import gather_rows_cpu
-from heterospec_vllm.kernels.cpu.tree_attention import is_available
+from heterospec_vllm.kernels.cpu.library import is_available
 
 
 @compiled("Tuple((i8[::1], f8))(i8[:], i8[:])")

@@ -10,7 +10,6 @@ rest.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata
@@ -22,12 +21,8 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from heterospec_vllm.kernels.cpu.draft_attention import draft_attention_cpu
-from heterospec_vllm.kernels.cpu.tree_attention import (
-    is_available,
-    launch,
-    pack_layer,
-    pack_requests,
-)
+from heterospec_vllm.kernels.cpu.library import is_available
+from heterospec_vllm.kernels.cpu.tree_attention import LayerPages, TreeRows, launch
 from heterospec_vllm.kernels.reference import cpu as reference
 from heterospec_vllm.layers.batch_split import requests_from
 from heterospec_vllm.timing import CLOCK
@@ -45,10 +40,7 @@ class MaskedRows:
     """
 
     num_reqs: int
-    query_start_loc: torch.Tensor  # [num_pieces + 1] int32
-    seq_lens: torch.Tensor  # [num_pieces] int32, context + rows of the piece
-    block_table: torch.Tensor  # [num_pieces, max_blocks] int32
-    ancestor_mask: torch.Tensor  # [num_tokens] int64, bit j: sees row j of its own piece
+    rows: TreeRows  # with a piece as a request
 
     @classmethod
     def of(
@@ -59,23 +51,17 @@ class MaskedRows:
         num_reqs = block_table.shape[0]
         if placed.reqs.size != num_reqs:
             block_table = block_table[torch.from_numpy(placed.reqs)]
-        return cls(
-            num_reqs=num_reqs,
+        rows = TreeRows(
             query_start_loc=torch.from_numpy(placed.query_start_loc),
             seq_lens=torch.from_numpy(placed.seq_lens),
             block_table=block_table,
             ancestor_mask=torch.from_numpy(placed.ancestor_mask),
         )
+        return cls(num_reqs, rows)
 
     @property
     def num_tokens(self) -> int:
-        return self.ancestor_mask.shape[0]
-
-    @cached_property
-    def packed(self) -> bytes:
-        """For the kernel; the same in every layer."""
-        mask = self.ancestor_mask.data_ptr()
-        return pack_requests(self.query_start_loc, self.seq_lens, self.block_table, mask)
+        return self.rows.ancestor_mask.shape[0]
 
 
 @dataclass
@@ -138,43 +124,20 @@ class HeteroSpecCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         return MaskedAttentionMetadata(masked, super().build(common_prefix_len, rest, fast_build))
 
 
-@dataclass
-class _Pages:
-    """What a layer's calls have in common."""
-
-    kv_cache: torch.Tensor
-    keys: torch.Tensor  # [num_blocks, num_kv_heads, block_size, head_size]
-    values: torch.Tensor  # likewise
-    packed: bytes | None = None  # for our op, once it is called
-
-
 class HeteroSpecCPUAttentionImpl(CPUAttentionBackendImpl):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self._pages: _Pages | None = None
+        self._pages: tuple[torch.Tensor, LayerPages] | None = None  # of that cache tensor
 
-    def _pages_of(self, kv_cache: torch.Tensor) -> _Pages:
+    def pages_of(self, kv_cache: torch.Tensor, isa: str) -> LayerPages:
         """The layer's pages as vLLM's own impl views them, made once per cache tensor."""
-        if self._pages is None or self._pages.kv_cache is not kv_cache:
+        if self._pages is None or self._pages[0] is not kv_cache:
             num_blocks, num_kv_heads, block_size, _ = kv_cache.size()
             pages = kv_cache.view((num_blocks, num_kv_heads, block_size * 2, -1))
             keys, values = pages.chunk(2, dim=2)
-            self._pages = _Pages(kv_cache, keys, values)
-        return self._pages
-
-    def key_value_pages(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The layer's K and V pages."""
-        pages = self._pages_of(kv_cache)
-        return pages.keys, pages.values
-
-    def _packed_layer(self, kv_cache: torch.Tensor, isa: str) -> bytes:
-        """The layer's pages and heads for the kernel."""
-        pages = self._pages_of(kv_cache)
-        if pages.packed is None:
-            pages.packed = pack_layer(
-                pages.keys, pages.values, self.num_heads, self.head_size, self.scale, isa=isa
-            )
-        return pages.packed
+            layer = LayerPages(keys, values, self.num_heads, self.scale, isa)
+            self._pages = kv_cache, layer
+        return self._pages[1]
 
     def forward(
         self,
@@ -212,11 +175,11 @@ class HeteroSpecCPUAttentionImpl(CPUAttentionBackendImpl):
     def _forward_masked(
         self, layer, query, key, value, kv_cache, metadata: MaskedAttentionMetadata, output
     ) -> torch.Tensor:
-        rows = metadata.masked
         assert query.dtype == kv_cache.dtype
-        launch(self._packed_layer(kv_cache, layer.isa), rows.packed, query, output)
+        pages = self.pages_of(kv_cache, layer.isa)
+        launch(pages.packed, metadata.masked.rows.packed, query, output)
         if metadata.rest is not None:
-            num_tokens = rows.num_tokens
+            num_tokens = metadata.masked.num_tokens
             super().forward(
                 layer,
                 query[num_tokens:],
@@ -234,11 +197,11 @@ class HeteroSpecCPUAttentionImpl(CPUAttentionBackendImpl):
         scratch_key, scratch_value = metadata.scratch[layer.layer_name]
         scratch_key[metadata.scratch_rows] = key
         scratch_value[metadata.scratch_rows] = value
-        key_pages, value_pages = self.key_value_pages(kv_cache)
+        pages = self.pages_of(kv_cache, layer.isa)
         arguments = (
             query,
-            key_pages,
-            value_pages,
+            pages.key_cache,
+            pages.value_cache,
             output,
             metadata.query_start_loc,
             metadata.context_lens,

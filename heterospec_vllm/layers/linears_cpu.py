@@ -17,8 +17,12 @@ import torch
 from vllm.logger import init_logger
 
 from heterospec_vllm.kernels.cpu import packed_linear
-from heterospec_vllm.kernels.cpu.library import LibraryUnavailable, load_torch_ops
-from heterospec_vllm.kernels.cpu.tree_attention import instruction_set, unavailable_reason
+from heterospec_vllm.kernels.cpu.library import (
+    LibraryUnavailable,
+    instruction_set,
+    load_torch_ops,
+    unavailable_reason,
+)
 from heterospec_vllm.patching import Wrap
 
 logger = init_logger(__name__)

@@ -17,7 +17,13 @@ import torch
 from vllm import _custom_ops as ops
 from vllm.config import VllmConfig
 
-from heterospec_vllm.kernels.cpu import tree_attention as kernel
+from heterospec_vllm.kernels.cpu.tree_attention import (
+    MAX_ROWS,
+    LayerPages,
+    TreeAttentionInputs,
+    TreeRows,
+    tree_attention_cpu,
+)
 from heterospec_vllm.layers.attention_cpu import MaskedRows
 from heterospec_vllm.tree.trees import DraftTrees
 
@@ -92,7 +98,7 @@ class _Batch:
     starts: torch.Tensor  # [requests + 1] int32
     seq_lens: torch.Tensor  # [requests] int32
     table: torch.Tensor  # [requests, blocks of a request] int32
-    masked: MaskedRows  # the same rows as our op takes them
+    rows: TreeRows  # as our op takes them
 
     @classmethod
     def of(cls, case: Case, heads: Heads, dtype: torch.dtype, piece_rows: int) -> _Batch:
@@ -108,7 +114,7 @@ class _Batch:
             starts=torch.from_numpy(starts).int(),
             seq_lens=torch.full((case.requests,), case.seq_len, dtype=torch.int32),
             table=table,
-            masked=MaskedRows.of(placed, table),
+            rows=MaskedRows.of(placed, table).rows,
         )
 
 
@@ -118,7 +124,7 @@ def measure(
     dtype: torch.dtype,
     seconds: float = SECONDS_PER_CASE,
     *,
-    piece_rows: int = kernel.MAX_ROWS,
+    piece_rows: int = MAX_ROWS,
     copies: int = MAX_COPIES,
     isa: str = "vec",
     check: bool = True,
@@ -213,15 +219,10 @@ def _our_call(
     out: torch.Tensor,  # [num_tokens, num_heads, head_size]
     isa: str,
 ) -> Callable[[], None]:
-    scale, masked = batch.query.shape[-1] ** -0.5, batch.masked
-
-    def call() -> None:
-        kernel.tree_attention_cpu(
-            batch.query, keys, values, out, masked.query_start_loc, masked.seq_lens,
-            masked.block_table, masked.ancestor_mask, scale, isa=isa,
-        )  # fmt: skip
-
-    return call
+    _, num_heads, head_size = batch.query.shape
+    pages = LayerPages(keys, values, num_heads, head_size**-0.5, isa)
+    inputs = TreeAttentionInputs(pages, batch.rows, batch.query)
+    return lambda: tree_attention_cpu(inputs, out)
 
 
 def _time_round(calls: list[Callable[[], None]]) -> float:

@@ -28,7 +28,7 @@ from heterospec_vllm.draft.eagle_v1 import EagleDrafterV1
 from heterospec_vllm.draft.true_tokens import TrueTokens, gather_rows
 from heterospec_vllm.engine.seeds import ArrivalSeeds
 from heterospec_vllm.engine.step import Step, prompt_left, true_rows, without_speculation
-from heterospec_vllm.kernels.cpu.tree_attention import is_available
+from heterospec_vllm.kernels.cpu.library import is_available
 from heterospec_vllm.layers.attention_cpu import (
     PIECE_ROWS,
     HeteroSpecCPUAttentionMetadataBuilder,

@@ -10,7 +10,7 @@ from vllm.logger import init_logger
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker import cpu_worker
 
-from heterospec_vllm.kernels.cpu import tree_attention
+from heterospec_vllm.kernels.cpu.library import unavailable_reason
 from heterospec_vllm.layers.attention_cpu import HeteroSpecCPUAttentionBackend
 from heterospec_vllm.runners.v1 import HeteroSpecCPUModelRunner
 from heterospec_vllm.runners.worker_calls import WorkerCalls
@@ -28,7 +28,7 @@ class HeteroSpecCPUWorker(WorkerCalls, cpu_worker.CPUWorker):
             raise ValueError(
                 "heterospec: VLLM_USE_V2_MODEL_RUNNER: found 1, allowed on CPU: 0 or unset"
             )
-        reason = tree_attention.unavailable_reason()
+        reason = unavailable_reason()
         if reason is not None:
             logger.warning("heterospec drafts chains only, no trees: %s", reason)
         backend = HeteroSpecCPUAttentionBackend

@@ -16,7 +16,7 @@ from vllm.v1.sample.sampler import Sampler
 from heterospec_vllm.arrays import Ints
 from heterospec_vllm.kernels.cpu.argmax_rows import argmax_rows_cpu
 from heterospec_vllm.kernels.cpu.kv_compact import kv_compact_cpu
-from heterospec_vllm.kernels.cpu.tree_attention import is_available
+from heterospec_vllm.kernels.cpu.library import is_available
 from heterospec_vllm.kernels.cpu.walk import walk_cpu
 from heterospec_vllm.kernels.reference import cpu as reference
 from heterospec_vllm.timing import CLOCK

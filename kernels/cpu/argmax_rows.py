@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Argmax of some rows of a matrix on CPU, read in their own dtype (C++, csrc/)."""
 
-import struct
-
 import torch
 
 from .library import c_entry
+from .structs import STRUCTS
 
-_PACK = struct.Struct("=4q3Q").pack  # csrc/argmax.hpp: ArgmaxArguments
+_PACK = STRUCTS["ArgmaxArguments"].pack
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Some rows of several matrices side by side on CPU, in one call (C++, csrc/)."""
 
-import struct
-
 import torch
 
 from .library import c_entry
+from .structs import STRUCTS
 
-# csrc/gather_rows.hpp: GatherArguments, and one RowSource for each matrix
-_PACK = struct.Struct("=2q2Q").pack
-_PACK_SOURCE = struct.Struct("=Q2q").pack
+_PACK = STRUCTS["GatherArguments"].pack
+_PACK_SOURCE = STRUCTS["RowSource"].pack
 
 
 def gather_rows_cpu(

@@ -2,16 +2,15 @@
 """The decoder layer of an EAGLE-3 head over a few rows on CPU, in one call (C++, csrc/)."""
 
 import functools
-import struct
 from dataclasses import dataclass
 
 import torch
 
-from .library import c_entry
+from .library import DTYPE_CODES, c_entry
 from .packed_linear import size_of
+from .structs import STRUCTS
 from .tree_attention import (
     BLOCK_SIZE_MULTIPLE,
-    DTYPE_CODES,
     NO_ROWS,
     SUPPORTED_HEAD_SIZES,
     pack_layer,
@@ -19,8 +18,8 @@ from .tree_attention import (
     tail_of,
 )
 
-_PACK_WEIGHTS = struct.Struct("=5qd10Q").pack  # csrc/head_layer.hpp: HeadArguments, its first part
-_PACK = struct.Struct("=q8Q").pack  # the part after that, before its `attention`
+_PACK_WEIGHTS = STRUCTS["HeadWeights"].pack
+_PACK = STRUCTS["HeadInputs"].pack
 
 
 @dataclass(frozen=True)

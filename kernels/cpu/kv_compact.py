@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Moves accepted tokens' keys and values between slots of vLLM's pages (C++, csrc/)."""
 
-import struct
 from collections.abc import Sequence
 
 import torch
 
 from .library import c_entry
+from .structs import STRUCTS
 from .tree_attention import ISA_CODES
 
-_PACK = struct.Struct("=9q3Q").pack  # csrc/kv_compact.hpp: CompactArguments
+_PACK = STRUCTS["CompactArguments"].pack
 
 
 def kv_compact_cpu(

@@ -25,9 +25,14 @@ from pathlib import Path
 
 import torch
 
+from .structs import STRUCTS
+
 _SOURCE_DIR = Path(__file__).parents[1] / "csrc"
 _COMPILERS = ("g++", "c++")
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wno-psabi")
+
+# What the kernels call a dtype (csrc/kernels.cpp: by_dtype).
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class LibraryUnavailable(RuntimeError):
@@ -70,7 +75,22 @@ def load_library() -> ctypes.CDLL:
 @functools.cache
 def _load(build: str) -> ctypes.CDLL:
     # No -fopenmp when it is linked: see the module's docstring.
-    return _built("tree_attention.cpp", ["-fopenmp", *_target_flags(build)], [])
+    library = _built("kernels.cpp", ["-fopenmp", *_target_flags(build)], [])
+    _check_sizes(library)
+    return library
+
+
+def _check_sizes(library: ctypes.CDLL) -> None:
+    """Raises LibraryUnavailable where C++ takes a struct of another size than we pack."""
+    size_of = library.heterospec_size_of
+    size_of.argtypes, size_of.restype = [ctypes.c_char_p], ctypes.c_int64
+    for name, packed in STRUCTS.items():
+        found = size_of(name.encode())
+        if found != packed.size:
+            raise LibraryUnavailable(
+                f"csrc/ and cpu/structs.py disagree: {name}: found {found} bytes in C++,"
+                f" allowed: {packed.size} ({packed.format})"
+            )
 
 
 @functools.cache
@@ -188,3 +208,25 @@ def _compile(command: list[str], source: Path, linked_with: list[str], path: Pat
         linked.replace(path)
     took = time.monotonic() - start
     print(f"heterospec: compiled in {took:.1f} s, kept in {path.parent}", file=sys.stderr)
+
+
+def is_available() -> bool:
+    """Whether the kernels can run here; builds them the first time (seconds). Never raises."""
+    return unavailable_reason() is None
+
+
+@functools.cache
+def unavailable_reason() -> str | None:
+    """Why the kernels cannot run here, or None if they can; builds them the first time (seconds)."""
+    try:
+        load_library()
+    except LibraryUnavailable as error:
+        return str(error)
+    return None
+
+
+def instruction_set() -> str:
+    """What the library was compiled for: "amx", "avx512_bf16", "avx512", "avx2" or "portable"."""
+    entry = load_library().heterospec_instruction_set
+    entry.restype = ctypes.c_char_p
+    return entry().decode()

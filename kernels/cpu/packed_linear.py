@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A linear layer over any number of rows on CPU, its weight packed once (C++, csrc/linear.hpp)."""
-
-import struct
+"""A linear layer over any number of rows on CPU, its weight packed once (C++, csrc/packed_linear.hpp)."""
 
 import torch
 
-from .library import c_entry
-from .tree_attention import DTYPE_CODES
+from .library import DTYPE_CODES, c_entry
+from .structs import STRUCTS
 
-_PACK = struct.Struct("=5q4Q").pack  # csrc/packed_linear.hpp: PackedLinearArguments
+_PACK = STRUCTS["PackedLinearArguments"].pack
 LANES = 16
 
 

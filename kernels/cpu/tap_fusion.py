@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A target's tap states made into the draft head's input, in one call on CPU (C++, csrc/)."""
 
-import struct
-
 import torch
 
-from .library import c_entry
+from .library import DTYPE_CODES, c_entry
 from .packed_linear import LANES, size_of
-from .tree_attention import DTYPE_CODES
+from .structs import STRUCTS
 
-_PACK = struct.Struct("=5qd4Q").pack  # csrc/tap_fusion.hpp: TapArguments
+_PACK = STRUCTS["TapArguments"].pack
 
 
 def misfit(norms: torch.Tensor | None, packed: torch.Tensor) -> str | None:

@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A draft head's logits and the likeliest tokens of each row, in one call on CPU (C++, csrc/)."""
 
-import struct
-
 import torch
 
-from .library import c_entry
+from .library import DTYPE_CODES, c_entry
 from .packed_linear import LANES, size_of
-from .tree_attention import DTYPE_CODES
+from .structs import STRUCTS
 
-_PACK = struct.Struct("=5q5Q").pack  # csrc/top_tokens.hpp: TopArguments
+_PACK = STRUCTS["TopArguments"].pack
 
 
 def top_tokens_cpu(

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Walk of a batch of draft trees on CPU, greedy or sampled, logits read in their own dtype (C++, csrc/)."""
 
-import struct
-
 import torch
 
-from .library import c_entry
-from .tree_attention import DTYPE_CODES
+from .library import DTYPE_CODES, c_entry
+from .structs import STRUCTS
 
-_PACK = struct.Struct("=6q11Q").pack  # csrc/walk.hpp: WalkArguments
+_PACK = STRUCTS["WalkArguments"].pack
 
 
 def walk_cpu(

@@ -9,13 +9,14 @@
 
 namespace heterospec {
 
-// Field order and sizes are those of `_PACK` in cpu/argmax_rows.py. Strides count elements.
+// Field order and sizes are those in structs.py. Strides count elements.
 struct ArgmaxArguments {
   int64_t element_size, num_rows, num_columns, row_stride;
   const void* values;
   const int64_t* rows;  // [num_rows]
   int64_t* indices;     // [num_rows], written
 };
+static_assert(sizeof(ArgmaxArguments) == 56);
 
 template <typename T>
 using IntOf = std::conditional_t<sizeof(T) == 2, int16_t, int32_t>;

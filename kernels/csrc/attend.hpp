@@ -16,15 +16,20 @@ namespace heterospec {
 constexpr int kChunk = 128;  // keys whose scores are held at a time; a multiple of 2 * kLanes
 constexpr int kMaxPieces = kChunk / kLanes;
 
-// Field order and sizes are those of the `_PACK`s in cpu/tree_attention.py. Strides count elements.
-struct Arguments {
-  // A layer's pages and heads.
+// Field order and sizes of these three are those in structs.py. Strides count elements.
+
+// A layer's pages and heads.
+struct LayerArguments {
   int64_t dtype, isa;  // isa: 0 `vec`, 1 `amx` (pages.hpp)
   const void *key_cache, *value_cache;
   int64_t num_heads, num_kv_heads, head_size, block_size;
   int64_t key_block_stride, key_head_stride, value_block_stride, value_head_stride;
   double scale;
-  // The requests of a step.
+};
+static_assert(sizeof(LayerArguments) == 104);
+
+// The requests of a step.
+struct RequestArguments {
   int64_t num_threads, num_reqs, block_table_stride;
   const int32_t *query_start_loc, *seq_lens, *block_table;
   const uint64_t* ancestor_mask;
@@ -33,11 +38,21 @@ struct Arguments {
   const void *tail_key, *tail_value;
   const int32_t* tail_index;  // [num_tokens, max_tail], -1 padded
   int64_t max_tail, tail_key_stride, tail_value_stride, tail_head_stride;
-  // The step's rows in this layer.
+};
+static_assert(sizeof(RequestArguments) == 112);
+
+// The step's rows in a layer.
+struct RowArguments {
   const void* query;
   void* output;
   int64_t query_token_stride, query_head_stride, output_token_stride, output_head_stride;
 };
+static_assert(sizeof(RowArguments) == 48);
+
+// One after the other, as Python sends them.
+struct Arguments : LayerArguments, RequestArguments, RowArguments {};
+static_assert(sizeof(Arguments) ==
+              sizeof(LayerArguments) + sizeof(RequestArguments) + sizeof(RowArguments));
 
 // The running softmax of a set of rows: largest score (base-2), sum of weights, weighted values.
 struct Partial {
@@ -100,9 +115,7 @@ class Attend {
     for (int r = 0; r < rows_; ++r) state().sum[r] = reduce_add(load(lane_sums_ + r * kLanes));
   }
 
-  void save(float* memory) {
-    std::copy_n(state_, Partial::floats(rows_, dim_), memory);
-  }
+  void save(float* memory) { std::copy_n(state_, Partial::floats(rows_, dim_), memory); }
 
   // Adds what another thread saved for other chunks of the same rows.
   void merge(float* memory) {
@@ -146,10 +159,10 @@ class Attend {
       const int32_t* index = args_.tail_index + (first_row_ + r / group_) * args_.max_tail;
       for (int64_t i = 0; i < args_.max_tail && index[i] >= 0; ++i) {
         const int64_t head = kv_head_ * args_.tail_head_stride;
-        const T* key = static_cast<const T*>(args_.tail_key) +
-                       index[i] * args_.tail_key_stride + head;
-        const T* value = static_cast<const T*>(args_.tail_value) +
-                         index[i] * args_.tail_value_stride + head;
+        const T* key =
+            static_cast<const T*>(args_.tail_key) + index[i] * args_.tail_key_stride + head;
+        const T* value =
+            static_cast<const T*>(args_.tail_value) + index[i] * args_.tail_value_stride + head;
         add_key(mine, r, key, value);
       }
     }
@@ -214,10 +227,10 @@ class Attend {
       piece.keys = pages_.keys(static_cast<const T*>(args_.key_cache) +
                                    block * args_.key_block_stride + kv_head * args_.key_head_stride,
                                inside);
-      piece.values = pages_.values(static_cast<const T*>(args_.value_cache) +
-                                       block * args_.value_block_stride +
-                                       kv_head * args_.value_head_stride,
-                                   inside);
+      piece.values =
+          pages_.values(static_cast<const T*>(args_.value_cache) +
+                            block * args_.value_block_stride + kv_head * args_.value_head_stride,
+                        inside);
       position += piece.size;
     }
     for (int p = c.num_pieces; p < kMaxPieces; ++p) c.pieces[p] = c.pieces[0];
@@ -232,8 +245,8 @@ class Attend {
     for (int p = 0; p < c.num_pieces; ++p) {
       const Piece& piece = c.pieces[p];
       const int columns = (piece.size + kLanes - 1) / kLanes * kLanes;
-      multiply(count, query_ + tile * dim_, dim_, piece.keys, scores + piece.offset, kChunk, columns,
-               dim_, nullptr, ahead.pieces[p].keys);
+      multiply(count, query_ + tile * dim_, dim_, piece.keys, scores + piece.offset, kChunk,
+               columns, dim_, nullptr, ahead.pieces[p].keys);
     }
     for (int r = 0; r < count; ++r) {
       const Bits seen = c.masked ? visible(c, tile + r) : ~Bits{0};
@@ -261,9 +274,7 @@ class Attend {
     gemm_all(rows, a, lda, b, c, ldc, columns, depth, keep, ahead);
   }
 
-  static Bits low_bits(int count) {
-    return count >= 128 ? ~Bits{0} : (Bits{1} << count) - 1;
-  }
+  static Bits low_bits(int count) { return count >= 128 ? ~Bits{0} : (Bits{1} << count) - 1; }
 
   // Bit i: the row sees key i of the chunk.
   Bits visible(const Chunk& c, int row) const {
@@ -335,7 +346,8 @@ class Attend {
       if constexpr (kWide == 8)
         for (; d + 4 * kLanes <= dim_; d += 4 * kLanes)
           add_columns<4>(here, w, piece.values.from_column(d), values + d);
-      for (; d < dim_; d += kLanes) add_columns<1>(here, w, piece.values.from_column(d), values + d);
+      for (; d < dim_; d += kLanes)
+        add_columns<1>(here, w, piece.values.from_column(d), values + d);
     }
   }
 
@@ -348,8 +360,7 @@ class Attend {
       for (; bits != 0; bits &= bits - 1) {
         const int key = 64 * word + __builtin_ctzll(bits);
         const float weight = to_float(weights[key]);
-        for (int v = 0; v < kVectors; ++v)
-          acc[v] += from.at(key, v * kLanes) * weight;
+        for (int v = 0; v < kVectors; ++v) acc[v] += from.at(key, v * kLanes) * weight;
       }
     }
     for (int v = 0; v < kVectors; ++v) store(values + v * kLanes, acc[v]);

@@ -18,8 +18,9 @@
 #define _tile_zero(tile) heterospec::EmulatedTile::of(tile).zero()
 #define _tile_loadd(tile, from, stride) heterospec::EmulatedTile::of(tile).load(from, stride)
 #define _tile_stored(tile, to, stride) heterospec::EmulatedTile::of(tile).store(to, stride)
-#define _tile_dpbf16ps(sums, a, b) \
-  heterospec::EmulatedTile::of(sums).multiply(heterospec::EmulatedTile::of(a), heterospec::EmulatedTile::of(b))
+#define _tile_dpbf16ps(sums, a, b)                                             \
+  heterospec::EmulatedTile::of(sums).multiply(heterospec::EmulatedTile::of(a), \
+                                              heterospec::EmulatedTile::of(b))
 
 namespace heterospec {
 
@@ -32,7 +33,8 @@ struct EmulatedTile {
   }
   void zero() { std::memset(rows, 0, sizeof(rows)); }
   void load(const void* from, long stride) {
-    for (int i = 0; i < 16; ++i) std::memcpy(rows[i], static_cast<const char*>(from) + i * stride, 64);
+    for (int i = 0; i < 16; ++i)
+      std::memcpy(rows[i], static_cast<const char*>(from) + i * stride, 64);
   }
   void store(void* to, long stride) const {
     for (int i = 0; i < 16; ++i) std::memcpy(static_cast<char*>(to) + i * stride, rows[i], 64);
@@ -43,7 +45,8 @@ struct EmulatedTile {
       vf sums = load_raw<vf>(rows[r]);
       for (int pair = 0; pair < 16; ++pair) {
         const auto left = _mm512_set1_epi32(load_raw<int32_t>(a.rows[r] + 4 * pair));
-        sums = (vf)_mm512_dpbf16_ps((__m512)sums, (__m512bh)left, (__m512bh)load_raw<__m512i>(b.rows[pair]));
+        sums = (vf)_mm512_dpbf16_ps((__m512)sums, (__m512bh)left,
+                                    (__m512bh)load_raw<__m512i>(b.rows[pair]));
       }
       std::memcpy(rows[r], &sums, 64);
     }

@@ -7,20 +7,24 @@
 
 namespace heterospec {
 
-// Field order and sizes are those of `_PACK_SOURCE` in cpu/gather_rows.py.
+// Field order and sizes are those in structs.py.
 struct RowSource {
   const char* data;
   int64_t row_stride, row_bytes;  // both in bytes
 };
+static_assert(sizeof(RowSource) == 24);
 
-// Field order and sizes are those of `_PACK` in cpu/gather_rows.py; `num_sources` records of RowSource follow.
+// Field order and sizes are those in structs.py; `num_sources` records of RowSource follow.
 struct GatherArguments {
   int64_t num_sources, num_rows;
   const int64_t* rows;  // [num_rows]
   char* out;            // [num_rows, bytes of all sources' rows together], written
 
-  const RowSource& source(int64_t i) const { return reinterpret_cast<const RowSource*>(this + 1)[i]; }
+  const RowSource& source(int64_t i) const {
+    return reinterpret_cast<const RowSource*>(this + 1)[i];
+  }
 };
+static_assert(sizeof(GatherArguments) == 32);
 
 inline void gather_rows(const GatherArguments& args) {
   int64_t width = 0;

@@ -89,7 +89,7 @@ bool all_finite(const T* logits, int64_t count) {
   constexpr Bits kMagnitude = Bits(-1) >> 1;
   Bits largest = 0;
   for (int64_t i = 0; i < count; ++i) largest = std::max<Bits>(largest, bits[i] & kMagnitude);
-  const Bits infinity = std::is_same_v<T, float> ? Bits(0x7f800000u)
+  const Bits infinity = std::is_same_v<T, float>  ? Bits(0x7f800000u)
                         : std::is_same_v<T, bf16> ? Bits(0x7f80u)
                                                   : Bits(0x7c00u);
   return largest < infinity;

@@ -9,23 +9,35 @@
 
 namespace heterospec {
 
-// Field order and sizes are those of `_PACK_WEIGHTS` and `_PACK` in cpu/head_layer.py. Matrices are
-// contiguous, linear weights packed.
-struct HeadArguments {
+// Field order and sizes of these two are those in structs.py. Matrices are contiguous, linear weights packed.
+
+struct HeadWeights {
   int64_t hidden_size, intermediate_size, rotary_size;
   int64_t norm_before_residual, norm_output;
   double epsilon;
   const void *embedding, *embed_norm, *hidden_norm, *qkv, *attention_output, *post_norm;
   const void *gate_up, *down, *final_norm;
   const float* cos_sin;  // [max_positions, rotary_size], cosines and then sines
+};
+static_assert(sizeof(HeadWeights) == 128);
+
+struct HeadInputs {
   int64_t num_rows;
   const int64_t *token_ids, *positions;  // [num_rows]
   const void* hidden;                    // [num_rows, hidden_size]
-  void *own_keys, *own_values;           // [num_rows, num_kv_heads, head_size], written: the tail's rows of this call
-  const int64_t* slots;                  // [num_rows] pages that are written too, or null
-  void *normed, *output;                 // [num_rows, hidden_size], written
-  Arguments attention;                   // its query and output are this layer's own
+  // [num_rows, num_kv_heads, head_size], written: the tail's rows of this call.
+  void *own_keys, *own_values;
+  const int64_t* slots;   // [num_rows] pages that are written too, or null
+  void *normed, *output;  // [num_rows, hidden_size], written
 };
+static_assert(sizeof(HeadInputs) == 72);
+
+// One after the other, as Python sends them.
+struct HeadArguments : HeadWeights, HeadInputs {
+  Arguments attention;  // its query and output are this layer's own
+};
+static_assert(sizeof(HeadArguments) ==
+              sizeof(HeadWeights) + sizeof(HeadInputs) + sizeof(Arguments));
 
 // L: what rows are multiplied as, bfloat16 for products of pairs.
 template <typename T, typename Pages, typename L>

@@ -8,13 +8,14 @@
 
 namespace heterospec {
 
-// Field order and sizes are those of `_PACK` in cpu/kv_compact.py. Strides count elements.
+// Field order and sizes are those in structs.py. Strides count elements.
 struct CompactArguments {
   int64_t element_size, isa, num_layers, num_moves, num_kv_heads, head_size, block_size;
   int64_t block_stride, head_stride;  // of [num_blocks, num_kv_heads, 2 * block_size, head_size]
   const uint64_t* layers;             // [num_layers] addresses of the caches
   const int64_t *sources, *targets;   // [num_moves] slots, carried out in order
 };
+static_assert(sizeof(CompactArguments) == 96);
 
 template <typename Pages, typename T>
 void compact_layer(const CompactArguments& args, T* cache) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products of rows with the weight of a linear layer, packed once into panels (`pack_weight` in cpu/packed_linear.py).
+// Products of rows with the weight of a linear layer, packed once into panels (`pack_weight` in packed_linear.py).
 // With few rows, a decoding step's or a tree's, the time is that of reading the weight; what is read next is fetched
 // while the rows are multiplied. Without tiles an element's sum does not depend on how many rows there are.
 #pragma once
@@ -33,8 +33,9 @@ struct Pieces {
 // Pieces [first, end) of the rows times up to kTileVectors panels, of which the first begins `weight`. `left` is that of
 // row 0, `out` that of the first piece.
 template <typename T, typename L>
-void multiply_panels(const L* left, int64_t left_stride, const Pieces& pieces, int64_t first, int64_t end,
-                     Weight<T> weight, int64_t depth, int width, float* out, int64_t out_stride) {
+void multiply_panels(const L* left, int64_t left_stride, const Pieces& pieces, int64_t first,
+                     int64_t end, Weight<T> weight, int64_t depth, int width, float* out,
+                     int64_t out_stride) {
   constexpr int64_t kBlock = kBlockBytes / (kLanes * sizeof(T));
   for (int64_t k = 0; k < depth; k += kBlock) {
     const Weight<T> block = weight.from_row(k), ahead = block.from_row(2 * kPairsAhead);
@@ -63,9 +64,9 @@ void project(const L* left, int64_t left_stride, int64_t num_rows, const T* weig
       const Tiles tiles;
       for (Share s(num_columns, kWide); s.begin < s.end; s.begin += kWide)
         for (int64_t row = 0; row < num_rows; row += 16)
-          tile_gemm(int(std::min<int64_t>(16, num_rows - row)), left + row * left_stride, int(left_stride),
-                    whole.from_column(s.begin), out + row * out_stride + s.begin, int(out_stride),
-                    int(std::min(kWide, s.end - s.begin)), int(depth), nullptr,
+          tile_gemm(int(std::min<int64_t>(16, num_rows - row)), left + row * left_stride,
+                    int(left_stride), whole.from_column(s.begin), out + row * out_stride + s.begin,
+                    int(out_stride), int(std::min(kWide, s.end - s.begin)), int(depth), nullptr,
                     whole.from_column(s.begin + kWide));
       return;
     }
@@ -74,8 +75,8 @@ void project(const L* left, int64_t left_stride, int64_t num_rows, const T* weig
   constexpr int64_t kWide = kTileVectors * kLanes;
   const Pieces pieces(num_rows);
   for (Share s(num_columns, kWide); s.begin < s.end; s.begin += kWide)
-    multiply_panels<T>(left, left_stride, pieces, 0, pieces.count, whole.from_column(s.begin), depth,
-                       int(std::min(kWide, s.end - s.begin)), out + s.begin, out_stride);
+    multiply_panels<T>(left, left_stride, pieces, 0, pieces.count, whole.from_column(s.begin),
+                       depth, int(std::min(kWide, s.end - s.begin)), out + s.begin, out_stride);
 }
 
 }  // namespace heterospec

@@ -18,7 +18,8 @@ struct Chunks {
   int64_t count;
 
   Chunks(int64_t rows, int64_t row_bytes)
-      : pieces(rows), count(std::min(pieces.count, (rows * row_bytes + kChunkBytes - 1) / kChunkBytes)) {}
+      : pieces(rows),
+        count(std::min(pieces.count, (rows * row_bytes + kChunkBytes - 1) / kChunkBytes)) {}
   int64_t piece(int64_t chunk) const { return pieces.count * chunk / count; }
 };
 
@@ -31,8 +32,8 @@ void packed_linear_chunk(const PackedLinearArguments& args, const A* left, int64
   const int64_t first = chunks.piece(chunk), last = chunks.piece(chunk + 1);
   const int64_t begin = chunks.pieces.row(first), end = chunks.pieces.row(last);
   float* sums = floats.at_least((end - begin) * width);
-  multiply_panels<T>(left, left_stride, chunks.pieces, first, last, whole.from_column(column), args.depth, width,
-                     sums, width);
+  multiply_panels<T>(left, left_stride, chunks.pieces, first, last, whole.from_column(column),
+                     args.depth, width, sums, width);
   const T* bias = static_cast<const T*>(args.bias);
   for (int64_t r = begin; r < end; ++r) {
     T* out = static_cast<T*>(args.out) + r * args.num_columns;
@@ -90,12 +91,14 @@ void packed_linear(const PackedLinearArguments& args) {
     const Chunks chunks(args.num_rows, args.depth * sizeof(A));
     const int64_t panels = args.num_columns / kLanes;
     // Panels side by side save loads of the input, single ones are dealt out more evenly.
-    const int64_t together = panels * chunks.count < 4 * kTileVectors * team_size() ? 1 : kTileVectors;
+    const int64_t together =
+        panels * chunks.count < 4 * kTileVectors * team_size() ? 1 : kTileVectors;
     const int64_t strips = (panels + together - 1) / together;
     for (Share s(strips * chunks.count); s.begin < s.end; ++s.begin) {
       const int64_t column = s.begin % strips * together * kLanes;
       const int width = int(std::min(together * kLanes, args.num_columns - column));
-      packed_linear_chunk<T>(args, lefts.data, lefts.stride, chunks, s.begin / strips, column, width);
+      packed_linear_chunk<T>(args, lefts.data, lefts.stride, chunks, s.begin / strips, column,
+                             width);
     }
   }
 }

@@ -7,11 +7,12 @@
 
 namespace heterospec {
 
-// Field order and sizes are those of `_PACK` in cpu/packed_linear.py. Matrices are contiguous but for the input's rows.
+// Field order and sizes are those in structs.py. Matrices are contiguous but for the input's rows.
 struct PackedLinearArguments {
   int64_t dtype, num_rows, depth, num_columns, input_stride;
   const void *input, *weight, *bias;  // weight: packed; bias: [num_columns], or null for none
   void* out;                          // [num_rows, num_columns], written
 };
+static_assert(sizeof(PackedLinearArguments) == 72);
 
 }  // namespace heterospec

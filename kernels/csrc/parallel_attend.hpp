@@ -104,8 +104,8 @@ struct Shared {
 };
 
 template <typename T, typename Pages, typename L>
-void finish_shared(const Plan& plan, Shared& shared, Attend<T, Pages, L>& attend, int thread, int64_t item,
-                   int64_t begin, int64_t end) {
+void finish_shared(const Plan& plan, Shared& shared, Attend<T, Pages, L>& attend, int thread,
+                   int64_t item, int64_t begin, int64_t end) {
   const auto slot = [&](int owner, bool from_start) {
     return shared.slots + (2 * owner + from_start) * plan.slot_floats();
   };

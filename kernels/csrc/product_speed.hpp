@@ -27,7 +27,8 @@ double fastest(Step step) {
     }
 #pragma GCC unroll 16
     for (int s = 0; s < 16; ++s) asm volatile("" ::"v"(sums[s]));  // not to be left out
-    best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    best = std::min(
+        best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
   }
   return best;
 }

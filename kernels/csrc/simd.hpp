@@ -15,7 +15,8 @@
 #include <immintrin.h>
 #if defined(__AVX512BF16__)
 #define HETEROSPEC_BF16_DOT 1
-#if (defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__linux__)) || defined(HETEROSPEC_EMULATED_TILES)
+#if (defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__linux__)) || \
+    defined(HETEROSPEC_EMULATED_TILES)
 #define HETEROSPEC_AMX 1
 #endif
 #endif
@@ -264,7 +265,8 @@ HETEROSPEC_INLINE float reduce_add(V v) {
 #if defined(HETEROSPEC_AVX512)
     return _mm512_reduce_add_ps((__m512)v);
 #elif defined(HETEROSPEC_AVX2)
-    const vf4 half = (vf4)_mm256_castps256_ps128((__m256)v) + (vf4)_mm256_extractf128_ps((__m256)v, 1);
+    const vf4 half =
+        (vf4)_mm256_castps256_ps128((__m256)v) + (vf4)_mm256_extractf128_ps((__m256)v, 1);
     return (half[0] + half[2]) + (half[1] + half[3]);
 #else
     return (v[0] + v[2]) + (v[1] + v[3]);

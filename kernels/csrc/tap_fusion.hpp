@@ -8,13 +8,14 @@
 
 namespace heterospec {
 
-// Field order and sizes are those of `_PACK` in cpu/tap_fusion.py. Matrices are contiguous, the weight is packed.
+// Field order and sizes are those in structs.py. Matrices are contiguous, the weight is packed.
 struct TapArguments {
   int64_t dtype, num_rows, num_taps, tap_size, num_columns;
   double epsilon;
   const void *features, *norms, *weight;  // norms: [num_taps, tap_size], or null for none
   void* fused;                            // [num_rows, num_columns], written
 };
+static_assert(sizeof(TapArguments) == 80);
 
 // L: what rows are multiplied as, bfloat16 for products of pairs.
 template <typename T, typename L>
@@ -37,8 +38,8 @@ void fuse_taps(const TapArguments& args) {
         convert(features + at, left + at, args.tap_size);
     }
 #pragma omp barrier
-    project(left, depth, args.num_rows, static_cast<const T*>(args.weight), depth, args.num_columns, sums,
-            args.num_columns);
+    project(left, depth, args.num_rows, static_cast<const T*>(args.weight), depth, args.num_columns,
+            sums, args.num_columns);
 #pragma omp barrier
     const Share all(args.num_rows * args.num_columns, kLanes);
     convert(sums + all.begin, static_cast<T*>(args.fused) + all.begin, all.end - all.begin);

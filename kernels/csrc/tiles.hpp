@@ -93,8 +93,8 @@ void tile_columns(const bf16* a, int lda, B b, float* c, int ldc, int depth, boo
 // `gemm` for up to 16 rows, of which A and C have all 16 in memory; what the others hold does not matter. The caller
 // holds `Tiles`.
 template <typename B>
-void tile_gemm(int rows, const bf16* a, int lda, B b, float* c, int ldc, int columns, int depth, const float* keep,
-               B ahead) {
+void tile_gemm(int rows, const bf16* a, int lda, B b, float* c, int ldc, int columns, int depth,
+               const float* keep, B ahead) {
   const int whole = depth / kTileDepth * kTileDepth;
   if (keep && whole)
     for (int r = 0; r < rows; ++r)

@@ -11,14 +11,16 @@
 
 namespace heterospec {
 
-// Field order and sizes are those of `_PACK` in cpu/top_tokens.py.
+// Field order and sizes are those in structs.py.
 struct TopArguments {
   int64_t dtype, num_rows, depth, num_columns, top_k;
-  const void *rows, *weight;  // [num_rows, depth] contiguous; packed, with columns to fill the last panel
-  const int64_t* offsets;     // [num_columns] what is added to a column to get its token, or null
-  int64_t* tokens;            // [num_rows, top_k], written
-  float* log_probs;           // [num_rows, top_k], written
+  const void* rows;        // [num_rows, depth], contiguous
+  const void* weight;      // packed, with columns to fill the last panel
+  const int64_t* offsets;  // [num_columns] what is added to a column to get its token, or null
+  int64_t* tokens;         // [num_rows, top_k], written
+  float* log_probs;        // [num_rows, top_k], written
 };
+static_assert(sizeof(TopArguments) == 80);
 
 // The logarithm of the sum of exponentials; NaN where a logit is NaN or +inf, or all are -inf.
 inline float log_sum_exp(const float* logits, int64_t count) {
@@ -68,8 +70,8 @@ void top_tokens(const TopArguments& args) {
   convert(static_cast<const T*>(args.rows), left, args.num_rows * args.depth);
 #pragma omp parallel
   {
-    project(left, args.depth, args.num_rows, static_cast<const T*>(args.weight), args.depth, stride, logits,
-            stride);
+    project(left, args.depth, args.num_rows, static_cast<const T*>(args.weight), args.depth, stride,
+            logits, stride);
 #pragma omp barrier
     for (Share s(args.num_rows); s.begin < s.end; ++s.begin) {
       float* row = logits + s.begin * stride;

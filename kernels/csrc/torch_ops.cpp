@@ -12,10 +12,10 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Entries of the kernels' library (tree_attention.cpp), set before the first call.
+// Entries of the kernels' library (kernels.cpp), set before the first call.
 int (*packed_linear_entry)(const heterospec::PackedLinearArguments*) = nullptr;
 
-// DTYPE_CODES in cpu/tree_attention.py.
+// DTYPE_CODES in library.py.
 int64_t code_of(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Float: return 0;
@@ -31,18 +31,21 @@ Tensor empty_matrix(int64_t num_rows, int64_t num_columns, const Tensor& like) {
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2, sizes, strides, dtype, device, 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(2, sizes, strides, dtype, device, 0, &handle));
   return Tensor(handle);
 }
 
-// As cpu/packed_linear.py.
+// As packed_linear_cpu in packed_linear.py.
 Tensor packed_linear(const Tensor& rows, const Tensor& packed, const std::optional<Tensor>& bias) {
   constexpr int64_t kLanes = 16;
   const int64_t num_columns = packed.size(0) * kLanes, depth = rows.size(1);
-  STD_TORCH_CHECK(rows.dim() == 2 && rows.stride(1) == 1, "packed_linear: rows are no matrix with adjacent columns");
+  STD_TORCH_CHECK(rows.dim() == 2 && rows.stride(1) == 1,
+                  "packed_linear: rows are no matrix with adjacent columns");
   STD_TORCH_CHECK(packed.scalar_type() == rows.scalar_type() && packed.is_contiguous() &&
                       packed.numel() == num_columns * depth,
-                  "packed_linear: the weight is not packed for rows of ", depth, " values of that dtype");
+                  "packed_linear: the weight is not packed for rows of ", depth,
+                  " values of that dtype");
   STD_TORCH_CHECK(!bias || (bias->scalar_type() == rows.scalar_type() && bias->is_contiguous() &&
                             bias->numel() == num_columns),
                   "packed_linear: the bias is not of ", num_columns, " values of the rows' dtype");
@@ -57,7 +60,8 @@ Tensor packed_linear(const Tensor& rows, const Tensor& packed, const std::option
   arguments.weight = packed.data_ptr();
   arguments.bias = bias ? bias->data_ptr() : nullptr;
   arguments.out = out.data_ptr();
-  STD_TORCH_CHECK(packed_linear_entry(&arguments) == 0, "packed_linear: float32, bfloat16 and float16 are allowed");
+  STD_TORCH_CHECK(packed_linear_entry(&arguments) == 0,
+                  "packed_linear: float32, bfloat16 and float16 are allowed");
   return out;
 }
 

@@ -10,7 +10,7 @@
 
 namespace heterospec {
 
-// Field order and sizes are those of `_PACK` in cpu/walk.py. Strides count elements.
+// Field order and sizes are those in structs.py. Strides count elements.
 struct WalkArguments {
   int64_t dtype, num_reqs, max_nodes, max_emitted, num_columns, row_stride;
   const void* values;
@@ -25,6 +25,7 @@ struct WalkArguments {
   int64_t* emitted;           // [num_reqs, max_emitted]
   int64_t* num_emitted;       // [num_reqs]
 };
+static_assert(sizeof(WalkArguments) == 136);
 
 // The child row that carries a token, 0 where there is none. Parents come first.
 inline int64_t child_of(const int64_t* parents, const int64_t* tokens, int64_t max_nodes,

@@ -5,21 +5,7 @@ import torch
 
 from ..cpu.head_layer import HeadLayerWeights
 from ..cpu.packed_linear import unpack_weight
-
-
-def amx_pages(
-    # [num_blocks, num_kv_heads, block_size, head_size], `vec` layout
-    key_cache: torch.Tensor,
-    # [num_blocks, num_kv_heads, block_size, head_size]
-    value_cache: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same keys and values laid out as vLLM's isa "amx" does (csrc/pages.hpp), shapes unchanged."""
-    num_blocks, num_kv_heads, block_size, head_size = key_cache.shape
-    lead = (num_blocks, num_kv_heads)
-    keys = key_cache.reshape(*lead, head_size // 2, 2, block_size // 16, 16)
-    values = value_cache.reshape(*lead, block_size // 2, 2, head_size // 16, 16)
-    tiled = [pages.permute(0, 1, 4, 2, 5, 3).reshape(key_cache.shape) for pages in (keys, values)]
-    return tiled[0], tiled[1]
+from ..cpu.tree_attention import TreeAttentionInputs
 
 
 def paged_keys_values(
@@ -42,42 +28,30 @@ def paged_keys_values(
 
 
 def tree_attention(
-    # [num_tokens, num_heads, head_size]
-    query: torch.Tensor,
-    # [num_blocks, num_kv_heads, block_size, head_size], `vec` layout
-    key_cache: torch.Tensor,
-    # [num_blocks, num_kv_heads, block_size, head_size]
-    value_cache: torch.Tensor,
+    inputs: TreeAttentionInputs,
     # [num_tokens, num_heads, head_size], written
     output: torch.Tensor,
-    # [num_reqs + 1], int32
-    query_start_loc: torch.Tensor,
-    # [num_reqs], int32
-    seq_lens: torch.Tensor,
-    # [num_reqs, max_blocks], int32
-    block_table: torch.Tensor,
-    # [num_tokens], int64
-    ancestor_mask: torch.Tensor,
-    scale: float,
 ) -> None:
-    """What `tree_attention_cpu` computes (same arguments), one row at a time.
+    """What `tree_attention_cpu` computes (same arguments, pages in `vec` layout), one row at a time.
 
     Each row takes only the keys it sees, so nothing a hidden slot holds can reach it.
     """
-    group = query.shape[1] // key_cache.shape[1]
-    starts = query_start_loc.tolist()
-    for req, seq_len in enumerate(seq_lens.tolist()):
+    pages, rows, query = inputs.pages, inputs.rows, inputs.query
+    group = query.shape[1] // pages.key_cache.shape[1]
+    starts = rows.query_start_loc.tolist()
+    for req, seq_len in enumerate(rows.seq_lens.tolist()):
         first, end = starts[req], starts[req + 1]
         if first == end:
             continue
-        keys, values = paged_keys_values(key_cache, value_cache, block_table[req], seq_len)
+        blocks = rows.block_table[req]
+        keys, values = paged_keys_values(pages.key_cache, pages.value_cache, blocks, seq_len)
         context = seq_len - (end - first)
         for row in range(first, end):
-            tree = int(ancestor_mask[row]) & (2**64 - 1)
+            tree = int(rows.ancestor_mask[row]) & (2**64 - 1)
             seen = [*range(context), *(context + j for j in range(end - first) if tree >> j & 1)]
             row_keys = keys[:, seen].repeat_interleave(group, dim=0)
             row_values = values[:, seen].repeat_interleave(group, dim=0)
-            scores = torch.einsum("hd,hkd->hk", query[row].double(), row_keys) * scale
+            scores = torch.einsum("hd,hkd->hk", query[row].double(), row_keys) * pages.scale
             weights = scores.softmax(dim=-1)
             output[row] = torch.einsum("hk,hkd->hd", weights, row_values).to(output.dtype)
 

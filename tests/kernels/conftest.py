@@ -62,12 +62,12 @@ OTHER_BUILDS = {
 @pytest.fixture(scope="module", params=["native", *OTHER_BUILDS, "portable"])
 def cpu_build(request: pytest.FixtureRequest) -> Iterator[str]:
     """The C++ kernels as built for this CPU and in every other way that it can run (`choose_build`)."""
-    from heterospec_vllm.kernels.cpu import library, tree_attention
+    from heterospec_vllm.kernels.cpu import library
 
-    reason = tree_attention.unavailable_reason()
+    reason = library.unavailable_reason()
     if reason is not None:
         pytest.skip(reason)
-    own = tree_attention.instruction_set()
+    own = library.instruction_set()
     if own not in OTHER_BUILDS.get(request.param, (own,)):
         pytest.skip("this CPU's own build is that one, or it cannot run it")
     library.choose_build(request.param)

@@ -2,18 +2,19 @@
 """Pages as vLLM lays them out for AMX: every kernel gives what it gives with the same keys in `vec` pages."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import test_draft_attention_cpu as drafts
 import test_head_layer_cpu as heads
 import test_tree_attention_cpu as trees
 import torch
+from amx_pages import amx_pages
 
 from heterospec_vllm.kernels.cpu.draft_attention import draft_attention_cpu
 from heterospec_vllm.kernels.cpu.head_layer import head_layer_cpu
 from heterospec_vllm.kernels.cpu.kv_compact import kv_compact_cpu
 from heterospec_vllm.kernels.cpu.tree_attention import tree_attention_cpu
-from heterospec_vllm.kernels.reference import cpu as reference
 
 pytestmark = pytest.mark.usefixtures("cpu_build")
 
@@ -21,7 +22,7 @@ BF16 = torch.bfloat16
 
 
 def _tiled(case: dict) -> dict:
-    keys, values = reference.amx_pages(case["key_cache"], case["value_cache"])
+    keys, values = amx_pages(case["key_cache"], case["value_cache"])
     return {**case, "key_cache": keys, "value_cache": values, "isa": "amx"}
 
 
@@ -37,7 +38,7 @@ def test_the_layout_is_what_vllm_stores() -> None:
         pages = cache.view(3, 2, 128, 96).chunk(2, dim=2)
         ops.cpu_attn_reshape_and_cache(keys, values, *pages, torch.arange(40, 104), isa)
         stored[isa] = pages
-    for got, expected in zip(reference.amx_pages(*stored["vec"]), stored["amx"], strict=True):
+    for got, expected in zip(amx_pages(*stored["vec"]), stored["amx"], strict=True):
         assert torch.equal(got, expected)
 
 
@@ -51,7 +52,9 @@ def test_tree_attention(context: int, block_size: int, head_size: int) -> None:
     inputs = trees.build(model, [trees.Request(context, p) for p in parents])
     expected = inputs.run().clone()
     got = torch.full_like(expected, math.nan)
-    tree_attention_cpu(**_tiled({**inputs.arguments(), "output": got}))
+    keys, values = amx_pages(inputs.pages.key_cache, inputs.pages.value_cache)
+    tiled = replace(inputs.pages, key_cache=keys, value_cache=values, isa="amx")
+    tree_attention_cpu(replace(inputs, pages=tiled), got)
     torch.testing.assert_close(got, expected, **trees.TOLERANCES[BF16])
 
 
@@ -75,7 +78,7 @@ def test_head_layer_reads_and_writes_pages() -> None:
     got = head_layer_cpu(weights, **tiled)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=2**-6, atol=2**-6)
-    pages = reference.amx_pages(case["key_cache"], case["value_cache"])
+    pages = amx_pages(case["key_cache"], case["value_cache"])
     for name, page in zip(("key_cache", "value_cache"), pages, strict=True):
         torch.testing.assert_close(tiled[name], page, rtol=0, atol=0, equal_nan=True)
 
@@ -91,10 +94,10 @@ def test_compaction(head_size: int) -> None:
     def pages(cache: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return cache.view(4, 2, 64, head_size).chunk(2, dim=2)
 
-    amx = torch.cat(reference.amx_pages(*pages(vec)), dim=2).view_as(vec).contiguous()
+    amx = torch.cat(amx_pages(*pages(vec)), dim=2).view_as(vec).contiguous()
     kv_compact_cpu([vec], sources, targets)
     kv_compact_cpu([amx], sources, targets, isa="amx")
-    for got, expected in zip(pages(amx), reference.amx_pages(*pages(vec)), strict=True):
+    for got, expected in zip(pages(amx), amx_pages(*pages(vec)), strict=True):
         assert torch.equal(got, expected)
 
 

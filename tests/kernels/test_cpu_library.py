@@ -2,6 +2,8 @@
 """Building the CPU library on first use: the cache, races, and machines without a compiler."""
 
 import os
+import re
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from heterospec_vllm.kernels.cpu import library
-from heterospec_vllm.kernels.cpu import tree_attention as kernel
+from heterospec_vllm.kernels.cpu.structs import STRUCTS
 
 BUILD_IN_NEW_PROCESS = [
     sys.executable,
     "-c",
-    "from heterospec_vllm.kernels import tree_attention_cpu as k; print(k.is_available())",
+    "from heterospec_vllm.kernels.cpu import library; print(library.is_available())",
 ]
 
 
@@ -24,7 +26,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Nothing loaded, nothing cached; what other tests loaded is back afterwards."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("CXX", raising=False)
-    caches = (library._load, library.c_entry, kernel.unavailable_reason)
+    caches = (library._load, library.c_entry, library.unavailable_reason)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -34,8 +36,8 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert not kernel.is_available()
-    assert "no C++ compiler: looked for g++ and c++" in (kernel.unavailable_reason() or "")
+    assert not library.is_available()
+    assert "no C++ compiler: looked for g++ and c++" in (library.unavailable_reason() or "")
     with pytest.raises(library.LibraryUnavailable, match="install g\\+\\+"):
         library.load_library()
 
@@ -45,7 +47,7 @@ def test_compiler_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     compiler.write_text("#!/bin/sh\necho 'internal error 42' >&2\nexit 1\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    reason = kernel.unavailable_reason() or ""
+    reason = library.unavailable_reason() or ""
     assert "failed" in reason and "internal error 42" in reason
     assert not list(library.cache_dir().glob("*.so"))
     assert not list(library.cache_dir().glob("build-*"))
@@ -55,7 +57,7 @@ def test_unwritable_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     blocked = tmp_path / "file"
     blocked.write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
-    assert "cannot write the cache folder" in (kernel.unavailable_reason() or "")
+    assert "cannot write the cache folder" in (library.unavailable_reason() or "")
 
 
 def test_damaged_library(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +65,7 @@ def test_damaged_library(monkeypatch: pytest.MonkeyPatch) -> None:
         path.write_bytes(b"not a library")
 
     monkeypatch.setattr(library, "_compile", write_rubbish)
-    assert "does not load" in (kernel.unavailable_reason() or "")
+    assert "does not load" in (library.unavailable_reason() or "")
 
 
 def test_key_follows_sources_flags_and_versions(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,6 +76,29 @@ def test_key_follows_sources_flags_and_versions(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(library.torch, "__version__", "0.0")
     keys.add(library._key(command))
     assert len(keys) == 4
+
+
+def test_a_struct_of_another_size_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")  # the library that the user has
+    library.load_library()
+    library._load.cache_clear()
+    wrong = {**STRUCTS, "WalkArguments": struct.Struct("=6q12Q")}
+    monkeypatch.setattr(library, "STRUCTS", wrong)
+    with pytest.raises(
+        library.LibraryUnavailable, match="WalkArguments: found 136 bytes in C.., allowed: 144"
+    ):
+        library.load_library()
+    monkeypatch.setattr(library, "STRUCTS", {"Unknown": struct.Struct("=q")})
+    assert "Unknown: found -1 bytes" in (library.unavailable_reason() or "")
+
+
+def test_every_struct_is_checked_on_both_sides() -> None:
+    folder = Path(library.__file__).parents[1]
+    sources = "".join(path.read_text() for path in (folder / "csrc").iterdir())
+    asserted = dict(re.findall(r"static_assert\(sizeof\((\w+)\) == (\d+)\)", sources))
+    assert asserted == {name: str(packed.size) for name, packed in STRUCTS.items()}
+    packing = [path.name for path in folder.rglob("*.py") if "struct.Struct(" in path.read_text()]
+    assert packing == ["structs.py"]
 
 
 @pytest.mark.full
@@ -98,9 +123,9 @@ OPENMP_PROBE = """
 import sys
 from pathlib import Path
 import torch
-from heterospec_vllm.kernels import cpu_library
-cpu_library.choose_build(sys.argv[1])
-threads = cpu_library.load_library().heterospec_tree_attention_threads
+from heterospec_vllm.kernels.cpu import library
+library.choose_build(sys.argv[1])
+threads = library.load_library().heterospec_max_threads
 for count in (3, 1):
     torch.set_num_threads(count)
     assert threads() == count, (threads(), count)

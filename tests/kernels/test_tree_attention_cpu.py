@@ -4,14 +4,21 @@
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
+from cpu_tree_attention_checks import check_inputs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from heterospec_vllm.kernels.cpu import tree_attention as kernel
+from heterospec_vllm.kernels.cpu.tree_attention import (
+    LayerPages,
+    TreeAttentionInputs,
+    TreeRows,
+    tree_attention_cpu,
+)
 from heterospec_vllm.kernels.reference import cpu as reference
 
 # rtol: one unit in the last place of the output. atol: values are below 4 here; bfloat16 also
@@ -41,40 +48,37 @@ class Request:
 
 
 @dataclass
-class Inputs:
-    query: torch.Tensor
-    key_cache: torch.Tensor
-    value_cache: torch.Tensor
+class Inputs(TreeAttentionInputs):
     output: torch.Tensor
-    query_start_loc: torch.Tensor
-    seq_lens: torch.Tensor
-    block_table: torch.Tensor
-    ancestor_mask: torch.Tensor
-    scale: float
 
-    def arguments(self) -> dict:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+    def put(self, field: str, value: Any) -> None:
+        """Sets a field of this record or of one of its two."""
+        for part in ("pages", "rows"):
+            if hasattr(getattr(self, part), field):
+                return setattr(self, part, replace(getattr(self, part), **{field: value}))
+        return setattr(self, field, value)
 
     def expected(self) -> torch.Tensor:
         output = torch.zeros_like(self.output)
-        reference.tree_attention(**{**self.arguments(), "output": output})
+        reference.tree_attention(self, output)
         return output
 
-    def run(self, num_threads: int | None = None) -> torch.Tensor:
-        kernel.check_arguments(**self.arguments())
+    def run(self, num_threads: int = 0) -> torch.Tensor:
+        check_inputs(self, self.output)
         self.output.fill_(NAN)
-        kernel.tree_attention_cpu(**self.arguments(), num_threads=num_threads)
+        self.put("num_threads", num_threads)
+        tree_attention_cpu(self, self.output)
         return self.output
 
     def key(self, req: int, slot: int) -> torch.Tensor:
         """A view of one stored key, [num_kv_heads, head_size]."""
-        block_size, head_size = self.key_cache.shape[2:]
-        block = self.key_cache[int(self.block_table[req, slot // block_size])]
+        block_size, head_size = self.pages.key_cache.shape[2:]
+        block = self.pages.key_cache[int(self.rows.block_table[req, slot // block_size])]
         return block.view(-1, head_size, block_size)[:, :, slot % block_size]
 
     def value(self, req: int, slot: int) -> torch.Tensor:
-        block_size = self.value_cache.shape[2]
-        block = self.value_cache[int(self.block_table[req, slot // block_size])]
+        block_size = self.pages.value_cache.shape[2]
+        block = self.pages.value_cache[int(self.rows.block_table[req, slot // block_size])]
         return block[:, slot % block_size]
 
 
@@ -121,19 +125,17 @@ def build(model: Model, requests: list[Request], seed: int = 0) -> Inputs:
     starts = [0]
     for request in requests:
         starts.append(starts[-1] + len(request.parents))
+    masks = [mask for request in requests for mask in ancestor_masks(request.parents)]
     inputs = Inputs(
-        query=randn(starts[-1], num_heads, model.head_size),
-        key_cache=key_cache,
-        value_cache=value_cache,
-        output=torch.full((starts[-1], num_heads, model.head_size), NAN, dtype=model.dtype),
-        query_start_loc=torch.tensor(starts, dtype=torch.int32),
-        seq_lens=torch.tensor(lens, dtype=torch.int32),
-        block_table=table,
-        ancestor_mask=torch.tensor(
-            [mask for request in requests for mask in ancestor_masks(request.parents)],
-            dtype=torch.int64,
+        pages=LayerPages(key_cache, value_cache, num_heads, model.head_size**-0.5),
+        rows=TreeRows(
+            query_start_loc=torch.tensor(starts, dtype=torch.int32),
+            seq_lens=torch.tensor(lens, dtype=torch.int32),
+            block_table=table,
+            ancestor_mask=torch.tensor(masks, dtype=torch.int64),
         ),
-        scale=model.head_size**-0.5,
+        query=randn(starts[-1], num_heads, model.head_size),
+        output=torch.full((starts[-1], num_heads, model.head_size), NAN, dtype=model.dtype),
     )
     for req, length in enumerate(lens):
         keys, values = (randn(length, model.num_kv_heads, model.head_size) for _ in range(2))
@@ -289,7 +291,7 @@ def test_large_scores_do_not_overflow(dtype: torch.dtype) -> None:
     """Scores of some thousands: each row's weight is on one key, so the output is its value."""
     inputs = build(Model(dtype=dtype), [Request(200, chain(4))])
     inputs.query.mul_(64)
-    inputs.scale = 4.0
+    inputs.put("scale", 4.0)
     assert_matches(inputs)
 
 
@@ -303,24 +305,25 @@ def test_chain_equals_vllm(dtype: torch.dtype, group: int) -> None:
     inputs = build(
         Model(group, num_kv_heads, head_size, dtype, block_size), [Request(context, chain(rows))]
     )
-    inputs.key_cache.fill_(NAN)
-    inputs.value_cache.fill_(NAN)
+    pages, attending = inputs.pages, inputs.rows
+    pages.key_cache.fill_(NAN)
+    pages.value_cache.fill_(NAN)
     keys, values = (torch.randn(length, num_kv_heads, head_size).to(dtype) for _ in range(2))
     slots = torch.arange(length)
-    slots = inputs.block_table[0].long()[slots // block_size] * block_size + slots % block_size
-    ops.cpu_attn_reshape_and_cache(keys, values, inputs.key_cache, inputs.value_cache, slots, "vec")
+    slots = attending.block_table[0].long()[slots // block_size] * block_size + slots % block_size
+    ops.cpu_attn_reshape_and_cache(keys, values, pages.key_cache, pages.value_cache, slots, "vec")
     torch.testing.assert_close(inputs.key(0, context + 1), keys[context + 1], rtol=0, atol=0)
     torch.testing.assert_close(inputs.value(0, 130), values[130], rtol=0, atol=0)
-    for cache in (inputs.key_cache, inputs.value_cache):  # vLLM's op multiplies stale slots by 0
+    for cache in (pages.key_cache, pages.value_cache):  # vLLM's op multiplies stale slots by 0
         cache.nan_to_num_(0.0)
     metadata = ops.cpu_attn_get_scheduler_metadata(
         num_reqs=1,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_size,
-        seq_lens=inputs.seq_lens,
+        seq_lens=attending.seq_lens,
         dtype=dtype,
-        query_start_loc=inputs.query_start_loc,
+        query_start_loc=attending.query_start_loc,
         causal=True,
         sliding_window_size=-1,
         isa="vec",
@@ -329,16 +332,16 @@ def test_chain_equals_vllm(dtype: torch.dtype, group: int) -> None:
     expected = torch.empty_like(inputs.output)
     ops.cpu_attention_with_kv_cache(
         inputs.query,
-        inputs.key_cache,
-        inputs.value_cache,
+        pages.key_cache,
+        pages.value_cache,
         expected,
-        inputs.query_start_loc,
-        inputs.seq_lens,
-        inputs.scale,
+        attending.query_start_loc,
+        attending.seq_lens,
+        pages.scale,
         True,
         None,
         -1,
-        inputs.block_table,
+        attending.block_table,
         0.0,
         metadata,
         None,
@@ -351,21 +354,25 @@ def test_chain_equals_vllm(dtype: torch.dtype, group: int) -> None:
     [
         ("query", lambda x: x.query.double(), "query.dtype is torch.float64"),
         ("query", lambda x: x.query.transpose(1, 2), r"query.stride\(-1\)"),
-        ("key_cache", lambda x: x.key_cache.half(), "key_cache.dtype is torch.float16"),
-        ("value_cache", lambda x: x.value_cache.clone()[:, :, ::2], "value_cache is"),
+        ("key_cache", lambda x: x.pages.key_cache.half(), "key_cache.dtype is torch.float16"),
+        ("value_cache", lambda x: x.pages.value_cache.clone()[:, :, ::2], "value_cache is"),
         ("output", lambda x: x.output[:1], "output.shape is"),
-        ("query_start_loc", lambda x: x.query_start_loc.long(), "query_start_loc is torch.int64"),
-        ("seq_lens", lambda x: x.seq_lens + 1000, r"seq_lens\[0\] is 1043, allowed: 3..64"),
-        ("block_table", lambda x: x.block_table + 999, r"block_table\[0\] is"),
-        ("block_table", lambda x: x.block_table.long(), "block_table is torch.int64"),
-        ("ancestor_mask", lambda x: x.ancestor_mask * 0, r"ancestor_mask\[0\] is 0b0"),
-        ("ancestor_mask", lambda x: x.ancestor_mask + 8, r"ancestor_mask\[0\] is 0b1001"),
+        (
+            "query_start_loc",
+            lambda x: x.rows.query_start_loc.long(),
+            "query_start_loc is torch.int64",
+        ),
+        ("seq_lens", lambda x: x.rows.seq_lens + 1000, r"seq_lens\[0\] is 1043, allowed: 3..64"),
+        ("block_table", lambda x: x.rows.block_table + 999, r"block_table\[0\] is"),
+        ("block_table", lambda x: x.rows.block_table.long(), "block_table is torch.int64"),
+        ("ancestor_mask", lambda x: x.rows.ancestor_mask * 0, r"ancestor_mask\[0\] is 0b0"),
+        ("ancestor_mask", lambda x: x.rows.ancestor_mask + 8, r"ancestor_mask\[0\] is 0b1001"),
         ("scale", lambda x: 0.0, "scale is 0.0, allowed: > 0"),
     ],
 )
-def test_check_arguments_names_the_field(field: str, broken, message: str) -> None:
+def test_check_inputs_names_the_field(field: str, broken, message: str) -> None:
     inputs = build(Model(), [Request(40, chain(3))])
-    kernel.check_arguments(**inputs.arguments())
-    setattr(inputs, field, broken(inputs))
+    check_inputs(inputs, inputs.output)
+    inputs.put(field, broken(inputs))
     with pytest.raises(ValueError, match=message):
-        kernel.check_arguments(**inputs.arguments())
+        check_inputs(inputs, inputs.output)

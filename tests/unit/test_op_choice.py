@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from heterospec_vllm.kernels.cpu import tree_attention as kernel
+from heterospec_vllm.kernels.cpu.library import is_available
 from heterospec_vllm.layers import op_choice
 from heterospec_vllm.layers.op_choice import DECODES, PROMPTS, OpChoice, choose_op
 from heterospec_vllm.layers.op_timing import Case, Heads, Timing, build_calls
@@ -12,7 +12,7 @@ from heterospec_vllm.tree import trees as tree_trees
 from heterospec_vllm.tree.rows import place_rows
 
 HEADS = Heads(4, 2, 64)
-needs_kernel = pytest.mark.skipif(not kernel.is_available(), reason="needs a C++ compiler")
+needs_kernel = pytest.mark.skipif(not is_available(), reason="needs a C++ compiler")
 
 
 @pytest.mark.parametrize(

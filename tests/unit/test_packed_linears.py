@@ -12,11 +12,11 @@ pytest.importorskip("vllm")
 from vllm.model_executor.layers import utils
 
 from heterospec_vllm.kernels.cpu import packed_linear
-from heterospec_vllm.kernels.cpu import tree_attention as kernel
+from heterospec_vllm.kernels.cpu.library import is_available
 from heterospec_vllm.layers import linears_cpu
 from heterospec_vllm.layers.linears_cpu import DISPATCH
 
-pytestmark = pytest.mark.skipif(not kernel.is_available(), reason="needs a C++ compiler")
+pytestmark = pytest.mark.skipif(not is_available(), reason="needs a C++ compiler")
 
 
 @pytest.fixture

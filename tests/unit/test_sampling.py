@@ -12,7 +12,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
-from heterospec_vllm.kernels.cpu.tree_attention import is_available
+from heterospec_vllm.kernels.cpu.library import is_available
 from heterospec_vllm.tree.trees import DraftTrees
 from heterospec_vllm.verify import scorer_v1 as scorer_module
 from heterospec_vllm.verify.scorer_v1 import TreeScorer, draws_as_vllm, is_plain

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The plain C entries of the library, for ctypes: each takes the address of its packed arguments.
+#include <cstring>
+
 #include "argmax.hpp"
 #include "gather_rows.hpp"
 #include "head_layer.hpp"
@@ -61,7 +63,31 @@ int by_dtype_and_pages(int64_t dtype, int64_t isa, Call call) {
   });
 }
 
+struct NamedSize {
+  const char* name;
+  int64_t bytes;
+};
+
+#define HETEROSPEC_SIZE(type) {#type, sizeof(heterospec::type)}
+constexpr NamedSize kSizes[] = {
+    HETEROSPEC_SIZE(LayerArguments),   HETEROSPEC_SIZE(RequestArguments),
+    HETEROSPEC_SIZE(RowArguments),     HETEROSPEC_SIZE(HeadWeights),
+    HETEROSPEC_SIZE(HeadInputs),       HETEROSPEC_SIZE(GatherArguments),
+    HETEROSPEC_SIZE(RowSource),        HETEROSPEC_SIZE(ArgmaxArguments),
+    HETEROSPEC_SIZE(CompactArguments), HETEROSPEC_SIZE(PackedLinearArguments),
+    HETEROSPEC_SIZE(TapArguments),     HETEROSPEC_SIZE(TopArguments),
+    HETEROSPEC_SIZE(WalkArguments),
+};
+#undef HETEROSPEC_SIZE
+
 }  // namespace
+
+// Bytes of a struct that the entries take, -1 for a name that is none of them.
+HETEROSPEC_EXPORT int64_t heterospec_size_of(const char* name) {
+  for (const NamedSize& size : kSizes)
+    if (std::strcmp(size.name, name) == 0) return size.bytes;
+  return -1;
+}
 
 // Returns 0, or 1 for a dtype or isa code it does not know.
 HETEROSPEC_EXPORT int heterospec_tree_attention(const heterospec::Arguments* args) {
@@ -123,13 +149,11 @@ HETEROSPEC_EXPORT int heterospec_argmax_rows(const heterospec::ArgmaxArguments* 
 
 // Returns 0, or 1 for a dtype code it does not know.
 HETEROSPEC_EXPORT int heterospec_walk(const heterospec::WalkArguments* args) {
-  return by_dtype(args->dtype, [&](auto type, auto) {
-    heterospec::walk<decltype(type)>(*args);
-  });
+  return by_dtype(args->dtype, [&](auto type, auto) { heterospec::walk<decltype(type)>(*args); });
 }
 
 // What the library was built for, for messages.
-HETEROSPEC_EXPORT const char* heterospec_tree_attention_isa() {
+HETEROSPEC_EXPORT const char* heterospec_instruction_set() {
 #if defined(HETEROSPEC_AMX)
   return "amx";
 #elif defined(HETEROSPEC_BF16_DOT)
@@ -143,4 +167,4 @@ HETEROSPEC_EXPORT const char* heterospec_tree_attention_isa() {
 #endif
 }
 
-HETEROSPEC_EXPORT int heterospec_tree_attention_threads() { return heterospec::max_threads(); }
+HETEROSPEC_EXPORT int heterospec_max_threads() { return heterospec::max_threads(); }
