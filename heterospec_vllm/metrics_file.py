@@ -12,12 +12,10 @@ number: 0 until a worker opens the file, and 1 more after each write. The newest
 
 from __future__ import annotations
 
-import atexit
 import logging
 import mmap
 import os
 import struct
-import tempfile
 import time
 import zlib
 from collections.abc import Iterator, Mapping
@@ -26,6 +24,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from heterospec_vllm.kernels import private_files
 from heterospec_vllm.metrics import STEP_PARTS, StepCounters
 from heterospec_vllm.strata import NUM_STRATA
 
@@ -240,22 +239,15 @@ def _newest_snapshot(content: bytes) -> _Snapshot | None:
 
 
 def new_metrics_file() -> Path:
-    """Makes an empty metrics file for one engine; this process removes it when it exits.
+    """Makes an empty metrics file for one engine, in a private folder that this process removes when it exits.
 
-    It is private to the user (mode 0600) and lies in the folder for temporary files.
+    What a killed process left is removed here, too.
     """
-    handle, name = tempfile.mkstemp(prefix="heterospec-metrics-")
-    with os.fdopen(handle, "wb") as file:
-        file.write(_START + _NUM_SLOTS * _Snapshot(0, bytes(_VALUES.size)).pack())
-    path = Path(name)
-    atexit.register(_remove, path, os.getpid())
+    path = private_files.folder_of_process("heterospec-metrics-") / "metrics"
+    content = _START + _NUM_SLOTS * _Snapshot(0, bytes(_VALUES.size)).pack()
+    with open(private_files.open_file(path, os.O_WRONLY | os.O_CREAT), "wb") as file:
+        file.write(content)
     return path
-
-
-def _remove(path: Path, creator: int) -> None:
-    # A forked child inherits the exit handler, but not the file.
-    if os.getpid() == creator:
-        path.unlink(missing_ok=True)
 
 
 class MetricsFile:
@@ -263,7 +255,7 @@ class MetricsFile:
 
     def __init__(self, path: Path) -> None:
         """Raises OSError for a file that cannot be opened, ValueError for one of another layout."""
-        with path.open("r+b") as file:
+        with open(private_files.open_file(path, os.O_RDWR), "r+b") as file:
             content = file.read()
             _check(path, content)
             self._map = mmap.mmap(file.fileno(), _SIZE)
@@ -294,7 +286,7 @@ def read_values(path: Path) -> tuple[float, ...] | None:
 
     Raises OSError for a file that cannot be read, ValueError for one of another layout or one without a whole slot.
     """
-    with path.open("rb") as file:
+    with open(private_files.open_file(path), "rb") as file:
         for _ in range(_READ_ATTEMPTS):
             content = os.pread(file.fileno(), _SIZE + 1, 0)
             _check(path, content)

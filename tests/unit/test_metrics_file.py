@@ -3,10 +3,12 @@
 
 import ast
 import json
+import os
 import re
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -69,6 +71,15 @@ if child == 0:
 os.waitpid(child, 0)
 assert path.exists()
 print(path)
+"""
+
+# Waits until it is killed.
+SERVER = """
+import time
+from heterospec_vllm.metrics_file import new_metrics_file
+
+print(new_metrics_file(), flush=True)
+time.sleep(600)
 """
 
 
@@ -323,10 +334,60 @@ def test_unlisted_fallback_reason_counts_as_other(path: Path) -> None:
 
 def test_file_is_private_and_ends_with_its_creator(path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     created = subprocess.run(
         [sys.executable, "-c", CREATOR], cwd=ROOT, check=True, capture_output=True, text=True
     )
-    assert not Path(created.stdout.strip()).exists()
+    assert not Path(created.stdout.strip()).parent.exists()
+
+
+def test_file_of_a_killed_process_is_removed_at_the_next_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def started() -> tuple[subprocess.Popen[str], Path]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", SERVER], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        return process, Path(process.stdout.readline().strip())
+
+    (killed, left), (other, used) = started(), started()
+    try:
+        killed.kill()
+        killed.communicate()
+        another_accounts = tmp_path / "heterospec-metrics-1-other"
+        another_accounts.mkdir()
+        if os.geteuid() == 0:
+            os.chown(another_accounts, 12345, 12345)
+        link = tmp_path / "heterospec-metrics-2-link"
+        link.symlink_to(ROOT)
+        assert left.exists() and str(killed.pid) in str(left)
+        own = new_metrics_file()
+        assert not left.parent.exists() and used.exists() and own.exists() and link.exists()
+        assert another_accounts.exists() == (os.geteuid() == 0)
+    finally:
+        other.kill()
+        other.communicate()
+    new_metrics_file()
+    assert not used.parent.exists() and own.exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make another account's files")
+def test_file_of_another_account_is_refused(path: Path, warnings: list[str]) -> None:
+    os.chown(path, 12345, 12345)
+    assert open_metrics_file(path) is None
+    with pytest.raises(OSError, match="found a file of account 12345"):
+        read_values(path)
+
+
+def test_file_behind_a_link_is_refused(path: Path, tmp_path: Path, warnings: list[str]) -> None:
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    assert open_metrics_file(path) is None
+    assert len(warnings) == 1 and f"{path}: found a link" in warnings[0]
 
 
 def test_import_is_light() -> None:
