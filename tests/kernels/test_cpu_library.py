@@ -51,6 +51,21 @@ def test_compiler_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert not list(cpu_library.cache_dir().glob("build-*"))
 
 
+def test_quotes_of_cxx(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", 'g++ "')
+    with pytest.raises(cpu_library.LibraryUnavailable) as raised:
+        cpu_library.load_library()
+    assert str(raised.value).startswith("CXX: found 'g++ \"' (No closing quotation), allowed: ")
+
+
+def test_compiler_that_is_no_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "cxx").write_bytes(b"\x00\x01")
+    (tmp_path / "cxx").chmod(0o755)
+    monkeypatch.setenv("CXX", str(tmp_path / "cxx"))
+    with pytest.raises(cpu_library.LibraryUnavailable, match="cxx does not run"):
+        cpu_library.load_library()
+
+
 def test_damaged_library(monkeypatch: pytest.MonkeyPatch) -> None:
     def write_rubbish(command: list[str], source: Path, linked_with: list[str], path: Path) -> None:
         path.write_bytes(b"not a library")

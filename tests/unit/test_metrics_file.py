@@ -8,7 +8,6 @@ import re
 import stat
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -71,15 +70,6 @@ if child == 0:
 os.waitpid(child, 0)
 assert path.exists()
 print(path)
-"""
-
-# Waits until it is killed.
-SERVER = """
-import time
-from heterospec_vllm.metrics_file import new_metrics_file
-
-print(new_metrics_file(), flush=True)
-time.sleep(600)
 """
 
 
@@ -339,40 +329,6 @@ def test_file_is_private_and_ends_with_its_creator(path: Path) -> None:
         [sys.executable, "-c", CREATOR], cwd=ROOT, check=True, capture_output=True, text=True
     )
     assert not Path(created.stdout.strip()).parent.exists()
-
-
-def test_file_of_a_killed_process_is_removed_at_the_next_start(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-
-    def started() -> tuple[subprocess.Popen[str], Path]:
-        process = subprocess.Popen(
-            [sys.executable, "-c", SERVER], cwd=ROOT, stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None
-        return process, Path(process.stdout.readline().strip())
-
-    (killed, left), (other, used) = started(), started()
-    try:
-        killed.kill()
-        killed.communicate()
-        another_accounts = tmp_path / "heterospec-metrics-1-other"
-        another_accounts.mkdir()
-        if os.geteuid() == 0:
-            os.chown(another_accounts, 12345, 12345)
-        link = tmp_path / "heterospec-metrics-2-link"
-        link.symlink_to(ROOT)
-        assert left.exists() and str(killed.pid) in str(left)
-        own = new_metrics_file()
-        assert not left.parent.exists() and used.exists() and own.exists() and link.exists()
-        assert another_accounts.exists() == (os.geteuid() == 0)
-    finally:
-        other.kill()
-        other.communicate()
-    new_metrics_file()
-    assert not used.parent.exists() and own.exists()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make another account's files")

@@ -113,6 +113,13 @@ def test_pipe_is_no_file(tmp_path: Path) -> None:
         private_files.open_file(tmp_path / "pipe")
 
 
+def test_lock_file_keeps_what_it_holds(tmp_path: Path) -> None:
+    (tmp_path / "a.lock").write_text("text")
+    (tmp_path / "a.lock").chmod(0o600)
+    with private_files.locked(tmp_path / "a.lock"):
+        assert (tmp_path / "a.lock").read_text() == "text"
+
+
 def test_failed_write_leaves_the_file_as_it_was(tmp_path: Path) -> None:
     private_files.write(tmp_path / "file", b"whole")
     with pytest.raises(ZeroDivisionError), private_files.beside(tmp_path / "file") as part:
