@@ -55,7 +55,7 @@ def run_growth(
     if not points:
         console.print(f"{target_name}: every point of growth is measured already.")
         return
-    output.mkdir(parents=True, exist_ok=True)
+    output.mkdir(mode=0o700, parents=True, exist_ok=True)
     console.print(f"{target_name}: loading an engine for {len(points)} points of growth ...")
     engine = start(target, head, points, spec, engine_arguments or {})
     environment = environment.model_copy(update={"threads": engine.threads})

@@ -25,6 +25,7 @@ from heterospec_vllm.bench.prompt_sets import PromptSets, SetPrompt
 from heterospec_vllm.bench.rows import Cell, Environment, Gate, Prompt, Row
 from heterospec_vllm.bench.show import cell_table
 from heterospec_vllm.bench.spec import PLAIN, TUNED, BenchSpec, Planned, System
+from heterospec_vllm.kernels import private_files
 
 # Of the memory that is free when the first engine is loaded, the part that engines may take.
 MEMORY_SHARE = 0.85
@@ -89,10 +90,9 @@ class Bench:
 
     def run(self) -> int:
         """The exit code: 0, or 1 where a cell failed or a system's answers differ."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / rows.SPEC).write_text(
-            yaml.safe_dump(self.spec.model_dump(mode="json"), sort_keys=False)
-        )
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        spec = yaml.safe_dump(self.spec.model_dump(mode="json"), sort_keys=False)
+        private_files.write(self.folder / rows.SPEC, spec.encode())
         total = sum(len(self.pending(p, s)) for p in self.cells for s in p.systems)
         if not total:
             self.console.print("every row of this benchmark exists already")

@@ -15,6 +15,8 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
+from heterospec_vllm.kernels import private_files
+
 ROWS = "rows.jsonl"
 PROMPTS = "prompts.jsonl"
 GROWTH = "growth.jsonl"
@@ -191,7 +193,7 @@ def read(path: Path, kind: type[R]) -> Iterator[R]:
 def append(path: Path, record: BaseModel) -> None:
     """Adds a line in one write, after cutting off what an interrupted run left of its last one."""
     line = (record.model_dump_json() + "\n").encode()
-    with path.open("ab+") as file:
+    with open(path, "ab+", opener=private_files.opener) as file:
         size = file.seek(0, os.SEEK_END)
         if size:
             file.seek(size - 1)

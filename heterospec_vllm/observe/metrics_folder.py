@@ -8,16 +8,14 @@ makes such a folder for itself (mode 0700) and shows what is in it. The worker w
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from heterospec_vllm.kernels import private_files
 from heterospec_vllm.observe.counters import StepCounters
 from heterospec_vllm.observe.metrics import METRICS, MetricRecord, flat_values
 
@@ -28,49 +26,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.heterospec")
 
 SHARED = "PROMETHEUS_MULTIPROC_DIR"
-_PREFIX = "heterospec-metrics-"
 
 
 def metrics_folder() -> Path:
     """The folder for one engine's files: the one that vLLM shares among its servers, or a new private one.
 
-    A private folder names this process, which removes it when it exits. Those of processes that were killed go now.
+    This process removes a private folder when it exits; what killed processes left goes now.
     """
     shared = os.environ.get(SHARED)
-    if shared:
-        return Path(shared)
-    _remove_orphans(Path(tempfile.gettempdir()))
-    folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
-    atexit.register(_remove, folder, os.getpid())
-    return folder
-
-
-def _remove(folder: Path, creator: int) -> None:
-    # A forked child inherits the exit handler, but not the folder.
-    if os.getpid() == creator:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _remove_orphans(temporary: Path) -> None:
-    """Folders of this account whose process is gone."""
-    for folder in temporary.glob(f"{_PREFIX}*-*"):
-        owner = folder.name.removeprefix(_PREFIX).split("-")[0]
-        try:
-            found = folder.lstat()
-        except OSError:
-            continue
-        if found.st_uid == os.geteuid() and owner.isdigit() and not _is_alive(int(owner)):
-            shutil.rmtree(folder, ignore_errors=True)  # refuses a link
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # somebody else's
-        return True
-    return True
+    return Path(shared) if shared else private_files.folder_of_process("heterospec-metrics-")
 
 
 class MetricsWriter:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from heterospec_vllm.kernels import private_files
 from heterospec_vllm.observe.steps import ShownNode, ShownStep
 
 MOST_STEPS = 24
@@ -43,7 +44,8 @@ def draw_steps(
         axes.axis("off")
         axes.set_xlim(-0.6, deepest + 0.1)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    with private_files.beside(path) as part:
+        figure.savefig(part, dpi=110)
 
 
 def _visible(step: ShownStep) -> list[ShownNode]:

@@ -26,6 +26,7 @@ from pydantic_core import PydanticCustomError
 
 from heterospec_vllm.arrays import Floats
 from heterospec_vllm.config import read_json_object
+from heterospec_vllm.kernels import private_files
 from heterospec_vllm.policy.strata import NUM_STRATA, Strata
 from heterospec_vllm.policy.survival import SHAPE
 
@@ -120,10 +121,8 @@ class Profile(BaseModel):
         return (self.machine, self.dtype) == (machine, dtype)
 
     def save(self, path: Path) -> None:
-        """Writes the file atomically."""
-        part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(self.model_dump()) + "\n")
-        os.replace(part, path)
+        """Writes the file atomically; it is private."""
+        private_files.write(path, json.dumps(self.model_dump()).encode() + b"\n")
 
 
 def load_profile(path: Path) -> Profile:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from heterospec_vllm.arrays import Floats, Ints
+from heterospec_vllm.kernels import private_files
 from heterospec_vllm.policy.cost import (
     ROW_KNOTS,
     TOKEN_KNOTS,
@@ -230,7 +231,8 @@ def draw_reliability(check: Labelled, tables: SurvivalTables, path: Path) -> Non
     axis.set_title(f"{check.accepted.size} nodes of held-out requests")
     axis.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    with private_files.beside(path) as part:
+        figure.savefig(part, dpi=110)
     pyplot.close(figure)
 
 

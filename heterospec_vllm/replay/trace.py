@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from heterospec_vllm.arrays import Floats, Ints
+from heterospec_vllm.kernels import private_files
 
 # What numpy raises for files that are empty, cut short, damaged, of another kind or with other columns.
 _UNREADABLE = (
@@ -49,9 +50,10 @@ class Trace:
     sampled: Ints
 
     def save(self, path: Path) -> None:
-        np.savez_compressed(
-            path, **{name: getattr(self, name) for name in self.__dataclass_fields__}
-        )
+        """Writes the file atomically; it is private, since it holds prompts and answers."""
+        columns = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        with private_files.beside(path) as part, part.open("wb") as file:
+            np.savez_compressed(file, **columns)
 
     @classmethod
     def load(cls, path: Path) -> Trace:

@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 
+from heterospec_vllm.kernels import private_files
 from heterospec_vllm.prompts import chat_token_ids, text_of
 from heterospec_vllm.training.inputs import InputError, answer_lines, prompt_lines
 
@@ -87,7 +88,7 @@ class FeatureStore:
     """Append-only folder of sequences and their hidden states (format: module docstring)."""
 
     def __init__(self, folder: Path, target: str, layers: list[int], hidden_size: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.layers = layers
         meta = store_meta(target, layers, hidden_size)
         require_same(folder, meta)
@@ -100,10 +101,11 @@ class FeatureStore:
             self.done.add(line["id"])
             self.rows = line["row"] + line["n"]
             self.answer_tokens += len(line["o"])
-        self._features = open(folder / FEATURES, "ab")  # noqa: SIM115 - open for the run
+        opener = private_files.opener
+        self._features = open(folder / FEATURES, "ab", opener=opener)  # noqa: SIM115 - open for the run
         self._features.truncate(self.rows * self.row_bytes)
         self._features.seek(0, os.SEEK_END)
-        self._sequences = open(folder / SEQUENCES, "ab")  # noqa: SIM115 - open for the run
+        self._sequences = open(folder / SEQUENCES, "ab", opener=opener)  # noqa: SIM115
         whole = (folder / SEQUENCES).read_bytes().rfind(b"\n") + 1  # a torn line has no end
         self._sequences.truncate(whole)
 

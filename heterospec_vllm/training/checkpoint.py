@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from heterospec_vllm.kernels import private_files
 from heterospec_vllm.training.inputs import InputError
 from heterospec_vllm.training.model import Eagle3Head, HeadShape
 
@@ -71,9 +72,8 @@ def load(folder: Path, embed: Tensor) -> tuple[Eagle3Head, Tensor]:
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
-    part = folder / (STATE + ".part")
-    torch.save(state, part)
-    os.replace(part, folder / STATE)
+    with private_files.beside(folder / STATE) as part:
+        torch.save(state, part)
 
 
 def require_state(folder: Path) -> None:

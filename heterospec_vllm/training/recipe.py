@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from heterospec_vllm.kernels import private_files
 from heterospec_vllm.training import checkpoint
 from heterospec_vllm.training.data import (
     Corpus,
@@ -113,7 +114,7 @@ def train(
     held-out acceptance, None in workers other than the first.
     """
     torch.manual_seed(options.seed)
-    work.mkdir(parents=True, exist_ok=True)
+    work.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     config = json.loads((target_folder / "config.json").read_text())
     layers = sorted({*taps, config["num_hidden_layers"]})
@@ -152,7 +153,7 @@ def train(
         latest[:] = [trainer.held_out(corpus, batches=8)]
         checkpoint.export(trainer.average, head.config, draft_ids, output)
         record = {"time": time.time(), **asdict(trainer.progress), **asdict(latest[0])}
-        with open(work / LOG, "a") as log:
+        with open(work / LOG, "a", opener=private_files.opener) as log:
             log.write(json.dumps(record) + "\n")
         on_held_out(latest[0])
 

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles csrc/ on first use and loads it; kept in the user's cache, for this machine.
 
+A library is loaded from a folder that only this account and root can write, and only if it is whole; where the cache
+is not such a folder it is compiled for this process alone (private_files.py).
+
 The kernels' library has a plain C entry and includes no torch header: seconds to compile, not a minute. A second, small
 one makes operators of torch of some kernels. The first is linked without an OpenMP runtime: its `GOMP_*` symbols bind
 to the one that torch has put in the process (or to a preloaded libiomp5), so torch's thread count, vLLM's core binding
@@ -9,7 +12,6 @@ and the kernel's threads are the same.
 
 import contextlib
 import ctypes
-import fcntl
 import functools
 import hashlib
 import os
@@ -20,14 +22,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from ..private_files import (
+    cache_dir,
+    is_whole,
+    keep,
+    locked,
+    make_folder,
+    temporary_folder,
+    warn_once,
+)
 from .structs import STRUCTS
 
 _SOURCE_DIR = Path(__file__).parents[1] / "csrc"
+
 _COMPILERS = ("g++", "c++")
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wno-psabi")
 
@@ -37,12 +48,6 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 class LibraryUnavailable(RuntimeError):
     """The library cannot be built or loaded here; the message says why and what to do."""
-
-
-def cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/heterospec_vllm`, by default `~/.cache/heterospec_vllm`."""
-    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(root) / "heterospec_vllm"
 
 
 BUILDS = ("native", "pairs", "tiles", "avx2", "portable")
@@ -107,17 +112,48 @@ def load_torch_ops() -> None:
 
 
 def _built(source: str, flags: list[str], linked_with: list[str]) -> ctypes.CDLL:
-    """The library made of a source; built unless the cache has it."""
+    """The library made of a source; built unless the cache has it. Raises LibraryUnavailable."""
     compiler = _find_compiler()
-    command = [*compiler, *_FLAGS, *flags]
-    path = cache_dir() / f"{Path(source).stem}-{_key(command)}.so"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(path.with_suffix(".lock")):
-            if not path.exists():
-                _compile(command, _SOURCE_DIR / source, linked_with, path)
+        return _loaded(_kept(make_folder(cache_dir()), compiler, source, flags, linked_with))
     except OSError as error:
-        raise LibraryUnavailable(f"cannot write the cache folder {path.parent}: {error}") from error
+        warn_once(f"{error}; so the CPU kernels are compiled at every start, not kept")
+    try:
+        with temporary_folder("heterospec-build-") as folder:
+            # What is loaded stays when its file goes.
+            return _loaded(_kept(folder, compiler, source, flags, linked_with))
+    except OSError as error:
+        raise LibraryUnavailable(f"no folder to compile the CPU kernels in: {error}") from error
+
+
+def _kept(
+    folder: Path, compiler: list[str] | None, source: str, flags: list[str], linked_with: list[str]
+) -> Path:
+    """The whole library of a source in a folder; built if need be.
+
+    Without a compiler it is the newest that any compiler made of this source. Where it is there no lock is needed, so
+    the folder may be read-only.
+    """
+    any_compilers = f"{Path(source).stem}-{_key(flags)}"
+    if compiler is None:
+        found = sorted(folder.glob(f"{any_compilers}-*.so"), key=lambda path: -path.stat().st_mtime)
+        for path in found:
+            if is_whole(path):
+                return path
+        raise LibraryUnavailable(
+            f"no C++ compiler: looked for {os.environ.get('CXX') or ' and '.join(_COMPILERS)} on PATH;"
+            " install g++ or point CXX at one"
+        )
+    path = folder / f"{any_compilers}-{_compiler_key(compiler)}.so"
+    if is_whole(path):
+        return path
+    with locked(path.with_suffix(".lock")):
+        if not is_whole(path):
+            _compile([*compiler, *_FLAGS, *flags], _SOURCE_DIR / source, linked_with, path)
+    return path
+
+
+def _loaded(path: Path) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
@@ -139,16 +175,19 @@ def c_entry(name: str) -> "ctypes._NamedFuncPointer":
     return entry
 
 
-def _find_compiler() -> list[str]:
+def _find_compiler() -> list[str] | None:
+    """The command of the C++ compiler, None where there is none. Raises LibraryUnavailable for a CXX without sense."""
     wanted = os.environ.get("CXX")
     for name in [wanted] if wanted else _COMPILERS:
-        parts = shlex.split(name)
+        try:
+            parts = shlex.split(name)
+        except ValueError as error:
+            raise LibraryUnavailable(
+                f"CXX: found {name!r} ({error}), allowed: a command, quoted as in a shell"
+            ) from None
         if parts and shutil.which(parts[0]):
             return parts
-    raise LibraryUnavailable(
-        f"no C++ compiler: looked for {wanted or ' and '.join(_COMPILERS)} on PATH;"
-        " install g++ or point CXX at one"
-    )
+    return None
 
 
 def _target_flags(build: str) -> list[str]:
@@ -165,16 +204,23 @@ def _target_flags(build: str) -> list[str]:
     return ["-march=native" if is_x86 else "-mcpu=native"]
 
 
-def _key(command: list[str]) -> str:
-    """Changes with whatever may change the library: sources, flags, compiler, torch, CPU."""
+def _key(flags: list[str]) -> str:
+    """Changes with whatever but the compiler may change the library: sources, flags, torch, CPU."""
     digest = hashlib.sha256()
     for source in sorted(_SOURCE_DIR.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
-    version = subprocess.run([command[0], "--version"], capture_output=True, check=False).stdout
-    for part in (*command, torch.__version__, _cpu_flags()):
+    for part in (*_FLAGS, *flags, torch.__version__, _cpu_flags()):
         digest.update(part.encode() + b"\0")
-    digest.update(version)
     return digest.hexdigest()[:20]
+
+
+def _compiler_key(compiler: list[str]) -> str:
+    """Changes with the compiler. Raises LibraryUnavailable for one that cannot be run."""
+    try:
+        version = subprocess.run([compiler[0], "--version"], capture_output=True, check=False)
+    except OSError as error:
+        raise LibraryUnavailable(f"the C++ compiler {compiler[0]} does not run: {error}") from error
+    return hashlib.sha256(shlex.join(compiler).encode() + b"\0" + version.stdout).hexdigest()[:8]
 
 
 def _cpu_flags() -> str:
@@ -185,17 +231,13 @@ def _cpu_flags() -> str:
     return platform.processor()
 
 
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def _compile(command: list[str], source: Path, linked_with: list[str], path: Path) -> None:
+    """Builds the library under its lock."""
+    for left in path.parent.glob(f"build-{path.stem}-*"):  # by a process that was killed
+        shutil.rmtree(left)
     print("heterospec: compiling the CPU kernels (once) ...", file=sys.stderr)
     start = time.monotonic()
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as folder:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"build-{path.stem}-") as folder:
         unlinked, linked = Path(folder) / "kernel.o", Path(folder) / "kernel.so"
         for step in (
             [*command, "-c", str(source), "-o", str(unlinked)],
@@ -205,9 +247,9 @@ def _compile(command: list[str], source: Path, linked_with: list[str], path: Pat
             if result.returncode != 0:
                 tail = "\n".join(result.stderr.splitlines()[-20:])
                 raise LibraryUnavailable(f"`{shlex.join(step)}` failed:\n{tail}")
-        linked.replace(path)
+        keep(linked, path)
     took = time.monotonic() - start
-    print(f"heterospec: compiled in {took:.1f} s, kept in {path.parent}", file=sys.stderr)
+    print(f"heterospec: compiled in {took:.1f} s in {path.parent}", file=sys.stderr)
 
 
 def is_available() -> bool:

@@ -53,11 +53,19 @@ def test_compiler_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert not list(library.cache_dir().glob("build-*"))
 
 
-def test_unwritable_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    blocked = tmp_path / "file"
-    blocked.write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
-    assert "cannot write the cache folder" in (library.unavailable_reason() or "")
+def test_quotes_of_cxx(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", 'g++ "')
+    with pytest.raises(library.LibraryUnavailable) as raised:
+        library.load_library()
+    assert str(raised.value).startswith("CXX: found 'g++ \"' (No closing quotation), allowed: ")
+
+
+def test_compiler_that_is_no_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "cxx").write_bytes(b"\x00\x01")
+    (tmp_path / "cxx").chmod(0o755)
+    monkeypatch.setenv("CXX", str(tmp_path / "cxx"))
+    with pytest.raises(library.LibraryUnavailable, match="cxx does not run"):
+        library.load_library()
 
 
 def test_damaged_library(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,13 +77,15 @@ def test_damaged_library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_key_follows_sources_flags_and_versions(monkeypatch: pytest.MonkeyPatch) -> None:
-    command = ["true", "-O3"]
-    keys = {library._key(command), library._key(["true", "-O2"])}
+    flags = ["-O3"]
+    keys = {library._key(flags), library._key(["-O2"])}
     monkeypatch.setattr(library, "_cpu_flags", lambda: "flags: none")
-    keys.add(library._key(command))
+    keys.add(library._key(flags))
     monkeypatch.setattr(library.torch, "__version__", "0.0")
-    keys.add(library._key(command))
+    keys.add(library._key(flags))
     assert len(keys) == 4
+    of_compilers = {library._compiler_key([name]) for name in ("true", "ls", "cat")}
+    assert len(of_compilers) == 3
 
 
 def test_a_struct_of_another_size_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

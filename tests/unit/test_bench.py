@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import stat
 
 import pytest
 import yaml
@@ -334,6 +335,16 @@ def test_a_tuned_schedule_takes_the_best_chain_of_every_size():
     assert schedule_of(measured, 64) == [(1, 2, 3), (3, 10, 1), (11, 64, 0)]
     with pytest.raises(ValueError, match="needs measured rows"):
         schedule_of([_row("plain", 1, 10), _row("eagle3 k=1", 1, 5)], 8)
+
+
+def test_rows_are_private_and_follow_no_link(tmp_path):
+    rows.append(tmp_path / rows.ROWS, _row("plain", 1, 100))
+    assert stat.S_IMODE((tmp_path / rows.ROWS).stat().st_mode) == 0o600
+    (tmp_path / "victim").write_text("precious\n")
+    (tmp_path / "link").symlink_to(tmp_path / "victim")
+    with pytest.raises(OSError, match="symbolic links"):
+        rows.append(tmp_path / "link", _row("plain", 1, 100))
+    assert (tmp_path / "victim").read_text() == "precious\n"
 
 
 def test_thresholds_pass_fail_and_miss(tmp_path):

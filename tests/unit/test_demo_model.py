@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Conversion of a GGUF llama, and the cache that keeps the result whole or absent."""
 
+import fcntl
 import io
 import json
 from pathlib import Path
@@ -9,7 +10,6 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -272,13 +272,37 @@ def test_lock_is_held_while_building_and_released_after(
     tmp_path: Path, console: Console, tiny_gguf: Path
 ) -> None:
     def fetch(_dir: Path, _console: Console) -> Path:
-        with pytest.raises(TimeoutError):
-            FileLock(tmp_path / ".lock").acquire(blocking=False)
+        with (tmp_path / ".lock").open() as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return tiny_gguf
 
     model_cache.prepare_target(tmp_path, console, fetch_gguf=fetch)
-    with FileLock(tmp_path / ".lock").acquire(blocking=False):
-        pass
+    with (tmp_path / ".lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_folder_that_others_can_write_is_refused(
+    tmp_path: Path, console: Console, tiny_gguf: Path
+) -> None:
+    """Before anything is written: what another account put there would become the target."""
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    folder.chmod(0o777)
+    with pytest.raises(OSError, match=f"{folder}: found a folder that others can write"):
+        prepare(folder, console, tiny_gguf)
+    assert list(folder.iterdir()) == []
+
+
+def test_planted_lock_link_empties_nothing(
+    tmp_path: Path, console: Console, tiny_gguf: Path
+) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / ".lock").symlink_to(victim)
+    with pytest.raises(OSError, match="found a link, allowed: a file"):
+        prepare(tmp_path / "cache", console, tiny_gguf)
+    assert victim.read_text() == "precious"
 
 
 def test_wrong_source_is_refused(tmp_path: Path) -> None:

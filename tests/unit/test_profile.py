@@ -5,6 +5,7 @@ import copy
 import json
 import platform
 import re
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,16 @@ def test_a_profile_survives_the_file(file: Path) -> None:
     assert again.strata.edges == ((0.5, 1.0), (1.0, 2.0, 3.0))
     assert (again.survival_table == SURVIVALS).all()
     assert [path.name for path in file.parent.iterdir()] == [file.name], "no part is left behind"
+
+
+def test_a_saved_profile_is_private_and_follows_no_link(file: Path, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    for planted in (file, file.with_name("profile.json.part")):
+        planted.symlink_to(victim)
+    Profile.model_validate(content()).save(file)
+    assert victim.read_text() == "precious"
+    assert stat.S_IMODE(file.lstat().st_mode) == 0o600 and load_profile(file).version == 1
 
 
 def change(path: str, value: Any) -> Callable[[dict[str, Any]], None]:

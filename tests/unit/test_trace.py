@@ -2,6 +2,7 @@
 """Traces: which candidates lie on the answer, the file and its faults, what recorders note."""
 
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,15 @@ def test_a_trace_survives_the_file(tmp_path: Path) -> None:
     for name, column in made.__dict__.items():
         assert getattr(again, name).dtype == column.dtype
         assert getattr(again, name).tolist() == column.tolist()
+
+
+def test_a_saved_trace_is_private_and_follows_no_link(tmp_path: Path) -> None:
+    victim, file = tmp_path / "victim", tmp_path / "trace.npz"
+    victim.write_text("precious")
+    file.symlink_to(victim)
+    trace().save(file)
+    assert victim.read_text() == "precious"
+    assert stat.S_IMODE(file.lstat().st_mode) == 0o600 and Trace.load(file).request.size == 3
 
 
 def _damaged(file: Path) -> None:
