@@ -11,7 +11,9 @@ STAMP := $(VENV)/.installed
 # text models without them.
 BROKEN := torchvision torchaudio torchcodec
 
-.PHONY: help install demo serve test test-full bench-smoke aot gpu-check gpu-serve-check quality clean
+OVERLAY := $(VENV)/vllm-0.33.0
+
+.PHONY: help install demo serve test test-full overlay bench-smoke aot gpu-check gpu-serve-check quality clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -40,6 +42,12 @@ test: install ## unit and small-engine tests
 
 test-full: install ## everything that runs without a GPU; hours
 	$(BIN)/python -m pytest -m 'not gpu'
+
+overlay: install ## vLLM 0.33.0's Python over the installed CPU build (downloads 340 MB); prints how tests use it
+	test -d $(OVERLAY) || { folder=$$(mktemp -d) && \
+		$(BIN)/python -m pip download --quiet --no-deps --dest $$folder vllm==0.33.0 && \
+		$(BIN)/python tools/vllm_overlay.py $$folder/vllm-0.33.0-*.whl $(OVERLAY); code=$$?; rm -rf $$folder; exit $$code; }
+	@echo "all tests on it: PYTHONPATH=$(abspath $(OVERLAY)); its tests among the others: HETEROSPEC_VLLM_OVERLAY=$(abspath $(OVERLAY))"
 
 bench-smoke: install ## ratios to plain vLLM and to its best chain, below ten minutes, against thresholds
 	$(BIN)/python -m pip install --quiet -e '.[bench]'

@@ -67,6 +67,9 @@ def _wrap_create_speculative_config(original: Callable[..., Any]) -> Callable[..
             # Other processes and a second call build the config from the same arguments again.
             self.speculative_config, self.spec_method, self.spec_model, self.spec_tokens = given
         setattr(speculative_config, _MARKER, True)
+        # SchedulerConfig is built from it afterwards. Unset it becomes True on vLLM 0.33's V2, whose scheduler
+        # then hands out placeholders in place of drafts; True was refused above.
+        self.async_scheduling = False
         from heterospec_vllm.observe import metrics_folder  # not at the top: it imports numpy
 
         folder = metrics_folder.metrics_folder()
@@ -132,7 +135,7 @@ def _eagle3_config(ours: config.HeteroSpecConfig) -> dict[str, Any]:
         "method": "eagle3",
         "model": ours.model,
         "num_speculative_tokens": num_tokens,
-        # Draft token lists of uneven length; it also rules out async scheduling.
+        # Draft token lists of uneven length.
         "disable_padded_drafter_batch": True,
         # Plain vLLM keeps the last block of a prefix hit; recomputing it would cost 128 tokens.
         "disable_eagle_block_drop": True,

@@ -7,7 +7,7 @@ from vllm.logger import init_logger
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker import gpu_worker
 
-from heterospec_vllm.runners.worker_calls import WorkerCalls
+from heterospec_vllm.runners.worker_calls import WorkerCalls, refuse_async_scheduling
 
 logger = init_logger(__name__)
 
@@ -26,6 +26,7 @@ class HeteroSpecGPUWorker(WorkerCalls, gpu_worker.Worker):
                 "heterospec: model runner: found V1, allowed on GPUs: V2 (unset "
                 "VLLM_USE_V2_MODEL_RUNNER; vLLM's log says which option asks for V1)"
             )
+        refuse_async_scheduling(self.vllm_config)
         logger.warning(
             "heterospec: of the GPU path only the kernels have run on a GPU (an H100), the rest "
             "under Triton's interpreter; `make gpu-serve-check` in a checkout tests it on this one."

@@ -13,7 +13,7 @@ from vllm.v1.worker import cpu_worker
 from heterospec_vllm.kernels.cpu.library import unavailable_reason
 from heterospec_vllm.layers.attention_cpu import HeteroSpecCPUAttentionBackend
 from heterospec_vllm.runners.v1 import HeteroSpecCPUModelRunner
-from heterospec_vllm.runners.worker_calls import WorkerCalls
+from heterospec_vllm.runners.worker_calls import WorkerCalls, refuse_async_scheduling
 
 logger = init_logger(__name__)
 
@@ -28,6 +28,7 @@ class HeteroSpecCPUWorker(WorkerCalls, cpu_worker.CPUWorker):
             raise ValueError(
                 "heterospec: VLLM_USE_V2_MODEL_RUNNER: found 1, allowed on CPU: 0 or unset"
             )
+        refuse_async_scheduling(self.vllm_config)
         reason = unavailable_reason()
         if reason is not None:
             logger.warning("heterospec drafts chains only, no trees: %s", reason)

@@ -12,6 +12,19 @@ from heterospec_vllm.runners.shared import SpeculatingRunner
 from heterospec_vllm.timing import CLOCK
 
 
+def refuse_async_scheduling(vllm_config: Any) -> None:
+    """Raises ValueError where the scheduler would hand out placeholders, for which there is no tree, as drafts.
+
+    The engine's config switches it off; this notices a vLLM that decides otherwise later, for nothing else would:
+    every draft would be dropped and answers would stay right.
+    """
+    if vllm_config.scheduler_config.async_scheduling:
+        raise ValueError(
+            "heterospec: async_scheduling: found True, allowed: False, for the scheduler then hands out "
+            "placeholders in place of drafts (--no-async-scheduling)"
+        )
+
+
 class WorkerCalls:
     """Mixed into vLLM's workers."""
 

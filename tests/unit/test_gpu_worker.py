@@ -9,6 +9,7 @@ pytest.importorskip("vllm.v1.worker.gpu_worker")
 
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.worker import cpu_worker
 from vllm.v1.worker import gpu_worker as theirs
 
 from heterospec_vllm.layers.attention_flash import HeteroSpecFlashBackend
@@ -16,23 +17,30 @@ from heterospec_vllm.layers.attention_gpu import TreeBuilder, TreeImpl
 from heterospec_vllm.layers.attention_triton import HeteroSpecTritonBackend
 from heterospec_vllm.plugin import compat, wraps
 from heterospec_vllm.runners import gpu_worker, v2
+from heterospec_vllm.runners.worker import HeteroSpecCPUWorker
 from heterospec_vllm.runners.worker_calls import WorkerCalls
 
 BACKENDS = [HeteroSpecFlashBackend, HeteroSpecTritonBackend]
 
 
-def _worker(use_v2: bool = True) -> gpu_worker.HeteroSpecGPUWorker:
+def _worker(use_v2: bool = True, async_scheduling: bool = False) -> gpu_worker.HeteroSpecGPUWorker:
     worker = object.__new__(gpu_worker.HeteroSpecGPUWorker)
     worker.use_v2_model_runner = use_v2
-    worker.vllm_config, worker.device = "config", "device"
+    worker.vllm_config = _config(async_scheduling)
+    worker.device = "device"
     return worker
+
+
+def _config(async_scheduling: bool) -> SimpleNamespace:
+    return SimpleNamespace(scheduler_config=SimpleNamespace(async_scheduling=async_scheduling))
 
 
 def test_make_model_runner_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     monkeypatch.setattr(v2, "HeteroSpecGPUModelRunner", lambda *given: made.append(given) or "ours")
-    assert _worker()._make_model_runner() == "ours"
-    assert made == [("config", "device")]
+    worker = _worker()
+    assert worker._make_model_runner() == "ours"
+    assert made == [(worker.vllm_config, "device")]
     # vLLM's worker still asks this method for its runner.
     assert "_make_model_runner" in theirs.Worker._init_workspace_and_model_runner.__code__.co_names
 
@@ -40,6 +48,23 @@ def test_make_model_runner_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_old_runner_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"model runner: found V1, allowed on GPUs: V2"):
         _worker(use_v2=False).init_device()
+
+
+ASYNC_REFUSED = r"^heterospec: async_scheduling: found True, allowed: False"
+
+
+def test_async_scheduling_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(theirs.Worker, "init_device", lambda self: pytest.fail("went on"))
+    with pytest.raises(ValueError, match=ASYNC_REFUSED):
+        _worker(async_scheduling=True).init_device()
+
+
+def test_async_scheduling_is_refused_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_worker.CPUWorker, "init_device", lambda self: pytest.fail("went on"))
+    worker = object.__new__(HeteroSpecCPUWorker)
+    worker.use_v2_model_runner, worker.vllm_config = False, _config(async_scheduling=True)
+    with pytest.raises(ValueError, match=ASYNC_REFUSED):
+        worker.init_device()
 
 
 def test_init_device_registers_backends(monkeypatch: pytest.MonkeyPatch) -> None:

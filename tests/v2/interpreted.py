@@ -7,7 +7,9 @@ which is the only one that vLLM's CPU platform takes. In this process only.
 """
 
 import os
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 
 def prepare() -> None:
@@ -39,3 +41,24 @@ def install() -> None:
     name = os.environ.get("INTERPRETED_BACKEND", "InterpretedBackend")
     register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}_parts.{name}")
     wraps.CPU_WORKER = f"{__name__}_parts.InterpretedWorker"
+    leave_async_scheduling(
+        lambda config: config.parallel_config.worker_cls == wraps.CPU_WORKER  # engines with ours
+    )
+
+
+def leave_async_scheduling(is_left: Callable[[Any], bool]) -> None:
+    """What vLLM's config decided about async scheduling holds for these configs, as on a GPU.
+
+    vLLM's CPU platform would switch it off by itself.
+    """
+    from vllm.platforms.cpu import CpuPlatform
+
+    original = CpuPlatform.check_and_update_config.__func__
+
+    def check_and_update_config(cls, vllm_config: Any) -> None:
+        decided = vllm_config.scheduler_config.async_scheduling
+        original(cls, vllm_config)
+        if is_left(vllm_config):
+            vllm_config.scheduler_config.async_scheduling = decided
+
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
