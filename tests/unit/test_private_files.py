@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The module that owns private files: folders up to the root, links, and what stays when writing fails.
 
-What depends on it is tested where it is used: test_library_cache.py, test_compiled.py, test_metrics_file.py.
+What depends on it is tested where it is used: test_library_cache.py, test_compiled.py, test_metrics.py.
 """
 
 import os
