@@ -86,7 +86,7 @@ def _make_package(folder: Path) -> None:
     package = folder / "heterospec_vllm"
     package.mkdir()
     (package / "__init__.py").touch()
-    for part in (ROOT / "kernels", *(ROOT / "heterospec_vllm").glob("[!_]*")):
+    for part in (ROOT / "heterospec_vllm").glob("[!_]*"):  # the kernels are linked into it
         (package / part.name).symlink_to(part, target_is_directory=part.is_dir())
 
 

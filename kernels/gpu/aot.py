@@ -45,7 +45,7 @@ _COMPILE_ERRORS = (
 
 
 @dataclass(frozen=True)
-class Target:
+class CompileTarget:
     """A GPU to compile for."""
 
     name: str
@@ -54,10 +54,10 @@ class Target:
 
 
 TARGETS = (
-    Target("sm_80", GPUTarget("cuda", 80, 32), 163 * 1024),
-    Target("sm_90", GPUTarget("cuda", 90, 32), 227 * 1024),
-    Target("sm_100", GPUTarget("cuda", 100, 32), 227 * 1024),
-    Target("gfx942", GPUTarget("hip", "gfx942", 64), 64 * 1024),
+    CompileTarget("sm_80", GPUTarget("cuda", 80, 32), 163 * 1024),
+    CompileTarget("sm_90", GPUTarget("cuda", 90, 32), 227 * 1024),
+    CompileTarget("sm_100", GPUTarget("cuda", 100, 32), 227 * 1024),
+    CompileTarget("gfx942", GPUTarget("hip", "gfx942", 64), 64 * 1024),
 )
 
 
@@ -71,7 +71,7 @@ class Resources:
 
 
 @dataclass(frozen=True)
-class Row:
+class CompiledKernel:
     """One line of the report; numbers are None where compilation failed."""
 
     kernel: str
@@ -87,10 +87,10 @@ class Row:
         return {key: value for key, value in asdict(self).items() if key != "problem" or value}
 
 
-Compile = Callable[[AotConfig, Target], Resources]
+Compile = Callable[[AotConfig, CompileTarget], Resources]
 
 
-def compile_config(config: AotConfig, target: Target) -> Resources:
+def compile_config(config: AotConfig, target: CompileTarget) -> Resources:
     """Compiles one configuration for one target, with Triton's cache.
 
     Raises:
@@ -137,23 +137,25 @@ def _amd_resources(assembly: str, shared_memory: int) -> Resources:
     return Resources(counts["vgpr_count"], counts["private_segment_fixed_size"], shared_memory)
 
 
-def check_config(config: AotConfig, target: Target, compile_one: Compile = compile_config) -> Row:
+def check_config(
+    config: AotConfig, target: CompileTarget, compile_one: Compile = compile_config
+) -> CompiledKernel:
     """Compiles one configuration and judges it."""
     key = (config.kernel_name, config.name, target.name)
     try:
         found = compile_one(config, target)
     except _COMPILE_ERRORS as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        return Row(*key, None, None, None, f"does not compile: {reason[:500]}")
+        return CompiledKernel(*key, None, None, None, f"does not compile: {reason[:500]}")
     problem = None
     if found.spills:
         problem = f"spills {found.spills} bytes"
     elif found.shared_memory > target.max_shared_memory:
         problem = f"needs more shared memory than {target.max_shared_memory} bytes"
-    return Row(*key, found.registers, found.spills, found.shared_memory, problem)
+    return CompiledKernel(*key, found.registers, found.spills, found.shared_memory, problem)
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[CompiledKernel]) -> str:
     """The report as aligned plain text."""
     head = ("kernel", "config", "target", "registers", "spills", "shared memory", "")
     lines = [head] + [
@@ -186,7 +188,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _check_all(work: list[tuple[AotConfig, Target]], compile_one: Compile) -> list[Row]:
+def _check_all(
+    work: list[tuple[AotConfig, CompileTarget]], compile_one: Compile
+) -> list[CompiledKernel]:
     """All configurations, on all processors where the real compiler runs."""
     if compile_one is not compile_config or len(work) < 4:
         return [check_config(config, target, compile_one) for config, target in work]
@@ -198,10 +202,10 @@ def _check_all(work: list[tuple[AotConfig, Target]], compile_one: Compile) -> li
         return pool.map(_check_at, range(len(work)), chunksize=1)
 
 
-_work: list[tuple[AotConfig, Target]] = []
+_work: list[tuple[AotConfig, CompileTarget]] = []
 
 
-def _check_at(index: int) -> Row:
+def _check_at(index: int) -> CompiledKernel:
     return check_config(*_work[index])
 
 

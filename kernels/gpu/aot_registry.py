@@ -18,8 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# Not Triton: the CPU kernels, and the program that asks this registry.
-_SKIPPED = ("aot", "aot_registry", "cpu_library", "reference")
+# The program that asks this registry, and itself.
+_SKIPPED = ("aot", "aot_registry")
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,7 @@ def kernel_modules() -> list[str]:
     """Full names of the package's modules that may hold Triton kernels, sorted."""
     package = importlib.import_module(__package__)
     names = (module.name for module in pkgutil.iter_modules(package.__path__))
-    return [
-        f"{__package__}.{name}"
-        for name in sorted(names)
-        if name not in _SKIPPED and not name.endswith("_cpu")
-    ]
+    return [f"{__package__}.{name}" for name in sorted(names) if name not in _SKIPPED]
 
 
 def all_configs() -> list[AotConfig]:

@@ -23,7 +23,7 @@ BROKEN = """
 import sys
 import triton
 import triton.language as tl
-from heterospec_vllm.kernels import aot
+from heterospec_vllm.kernels.gpu import aot
 from heterospec_vllm.kernels.gpu.aot_registry import AotConfig
 
 @triton.jit
@@ -106,7 +106,7 @@ def test_finds_spills_and_kernels_that_do_not_compile(tmp_path: Path) -> None:
 def test_exit_status(capsys, resources, problem, status) -> None:
     """One good configuration does not hide a bad one."""
 
-    def compile_one(config: AotConfig, target: aot.Target) -> aot.Resources:
+    def compile_one(config: AotConfig, target: aot.CompileTarget) -> aot.Resources:
         if config.name == "good":
             return aot.Resources(32, 0, 0)
         if isinstance(resources, Exception):
@@ -124,7 +124,7 @@ def test_exit_status(capsys, resources, problem, status) -> None:
 def test_other_errors_are_not_hidden() -> None:
     """A bug of the check itself is not a kernel's failure."""
 
-    def compile_one(config: AotConfig, target: aot.Target) -> aot.Resources:
+    def compile_one(config: AotConfig, target: aot.CompileTarget) -> aot.Resources:
         raise AssertionError("ours")
 
     with pytest.raises(AssertionError, match="ours"):

@@ -77,7 +77,8 @@ def test_the_suite_runs_on_a_checkout_that_nobody_installed(
         [sys.executable, "-c", where], cwd=tmp_path, text=True, capture_output=True, check=True
     )
     assert done.stdout.split() == [
-        str(tmp_path / "heterospec_vllm" / part) for part in ("kernels/__init__.py", "tree.py")
+        str(tmp_path / "heterospec_vllm" / part)
+        for part in ("kernels/__init__.py", "tree/trees.py")
     ]
     only_gpu = gpu_check.gpu_tests(tmp_path)
     assert any("test_graph_replay" in name for name in only_gpu)
