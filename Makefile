@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 # text models without them.
 BROKEN := torchvision torchaudio torchcodec
 
-.PHONY: help install demo serve test test-full bench-smoke aot gpu-check gpu-serve-check quality clean
+.PHONY: help install demo serve test test-full bench-smoke aot gpu-check gpu-serve-check asan quality clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -56,6 +56,9 @@ gpu-serve-check: ## on a GPU machine with the extras [cuda,dev,bench]: identity 
 	$(or $(GPU_PYTHON),python3) -m pytest tests/v2
 	$(or $(GPU_PYTHON),python3) -m heterospec_vllm.cli bench benchmarks/gpu.yaml --output results/gpu
 	$(or $(GPU_PYTHON),python3) -m heterospec_vllm.cli report results/gpu --output results/gpu/page
+
+asan: install ## the CPU kernels' tests under AddressSanitizer, some minutes; needs g++
+	$(BIN)/python tools/asan.py
 
 quality: install ## lint, format check, types
 	$(BIN)/ruff check .
