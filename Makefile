@@ -13,7 +13,7 @@ BROKEN := torchvision torchaudio torchcodec
 
 OVERLAY := $(VENV)/vllm-0.33.0
 
-.PHONY: help install demo serve test test-full overlay bench-smoke aot gpu-check gpu-serve-check quality clean
+.PHONY: help install demo serve test test-full overlay bench-smoke aot gpu-check gpu-serve-check asan quality clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -64,6 +64,9 @@ gpu-serve-check: ## on a GPU machine with the extras [cuda,demo,dev,bench]: iden
 	$(or $(GPU_PYTHON),python3) -m pytest tests/v2
 	$(or $(GPU_PYTHON),python3) -m heterospec_vllm.cli bench benchmarks/gpu.yaml --output results/gpu
 	$(or $(GPU_PYTHON),python3) -m heterospec_vllm.cli report results/gpu --output results/gpu/page
+
+asan: install ## the CPU kernels' tests under AddressSanitizer, some minutes; needs g++
+	$(BIN)/python tools/asan.py
 
 quality: install ## lint, format check, types, import contracts
 	$(BIN)/ruff check .

@@ -57,18 +57,22 @@ OTHER_BUILDS = {
     "tiles": ("avx512_bf16",),
     "avx2": ("amx", "avx512_bf16", "avx512"),
 }
+# The builds to run instead, whatever the processor: of tools/asan.py.
+CHOSEN_BUILDS = os.environ.get("HETEROSPEC_TEST_BUILDS", "").split()
 
 
-@pytest.fixture(scope="module", params=["native", *OTHER_BUILDS, "portable"])
+@pytest.fixture(scope="module", params=CHOSEN_BUILDS or ["native", *OTHER_BUILDS, "portable"])
 def cpu_build(request: pytest.FixtureRequest) -> Iterator[str]:
     """The C++ kernels as built for this CPU and in every other way that it can run (`choose_build`)."""
     from heterospec_vllm.kernels.cpu import library
 
+    if CHOSEN_BUILDS:
+        library.choose_build(request.param)
     reason = library.unavailable_reason()
     if reason is not None:
-        pytest.skip(reason)
+        (pytest.fail if CHOSEN_BUILDS else pytest.skip)(reason)
     own = library.instruction_set()
-    if own not in OTHER_BUILDS.get(request.param, (own,)):
+    if not CHOSEN_BUILDS and own not in OTHER_BUILDS.get(request.param, (own,)):
         pytest.skip("this CPU's own build is that one, or it cannot run it")
     library.choose_build(request.param)
     yield request.param

@@ -118,6 +118,20 @@ def test_trace_patterns_catch_what_they_name(
     assert bool(pattern.search(text)) == is_trace
 
 
+def test_files_that_the_kernels_name_exist() -> None:
+    """By their path in the repository, in `kernels/`, or beside the naming file; vLLM's own begin with v1/."""
+    folder, missing = ROOT / "kernels", []
+    for source in (*folder.rglob("*.[ch]pp"), *folder.rglob("*.py")):
+        names = set(re.findall(r"[\w/]+\.(?:py|[ch]pp)\b", source.read_text(encoding="utf-8")))
+        places = (source.parent, folder, folder / "cpu", folder / "csrc", ROOT)
+        missing += [
+            f"{name_of(source)}: {name}"
+            for name in sorted(names)
+            if not name.startswith("v1/") and not any((at / name).is_file() for at in places)
+        ]
+    assert missing == []
+
+
 def test_no_blanket_exception_handlers() -> None:
     found = []
     for path in source_files():
