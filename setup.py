@@ -11,7 +11,7 @@ from setuptools import find_packages, setup
 setup(
     packages=find_packages(include=["heterospec_vllm", "heterospec_vllm.*"]),
     package_data={
-        "heterospec_vllm": ["py.typed", "assets/**/*", "bench/*.j2"],
+        "heterospec_vllm": ["py.typed", "assets/**/*"],
         "heterospec_vllm.kernels": ["csrc/*"],
         "heterospec_vllm.configs": ["*.json", "*.md", "profiles/*"],
     },

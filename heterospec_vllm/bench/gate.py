@@ -48,13 +48,3 @@ def judge(
     return Gate(
         same=same, near_ties=ties, different=different, largest_gap=min(round(largest, 4), 99.0)
     )
-
-
-def entropy(positions: list[Position]) -> float:
-    """Nats a token: mean entropy of the target's top choices, renormalised."""
-    total = 0.0
-    for position in positions:
-        weights = [math.exp(value) for value in position.top.values()]
-        norm = sum(weights)
-        total -= sum(w / norm * math.log(w / norm) for w in weights if w > 0)
-    return total / max(1, len(positions))

@@ -19,10 +19,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from heterospec_vllm.bench import rows
 from heterospec_vllm.bench.contenders import Contender, Outcome, requests_of
 from heterospec_vllm.bench.engines import Position
-from heterospec_vllm.bench.gate import entropy, judge
+from heterospec_vllm.bench.gate import judge
 from heterospec_vllm.bench.loading import Failures, LoadedEngines
 from heterospec_vllm.bench.prompt_sets import PromptSets, SetPrompt
-from heterospec_vllm.bench.rows import Cell, Environment, Gate, Prompt, Row
+from heterospec_vllm.bench.rows import Cell, Environment, Gate, Row
 from heterospec_vllm.bench.show import cell_table
 from heterospec_vllm.bench.spec import PLAIN, TUNED, BenchSpec, Planned, System
 from heterospec_vllm.kernels import private_files
@@ -77,8 +77,6 @@ class Bench:
                 self.num_different += 1
             if row.gate is not None and row.status != "failed":
                 self.gates[row.system, row.cell.greedy] = row.gate
-        known = rows.read(folder / rows.PROMPTS, Prompt)
-        self._known_prompts = {(p.target, p.prompt_set, p.index) for p in known}
 
     # ---- planning
 
@@ -184,23 +182,6 @@ class Bench:
         if not self.console.is_terminal:
             done, total = self.progress.tasks[0].completed, self.progress.tasks[0].total
             self.console.print(f"{time.strftime('%H:%M:%S')} {done:.0f}/{total:.0f} {text}")
-
-    def save_entropies(self, plain: Contender, cell: Cell, prompts: list[SetPrompt]) -> None:
-        """Adds what is not known yet of a cell's prompts, from the answers of plain decoding."""
-        answers = self.plain_answers(plain, cell, prompts)
-        for prompt, positions in zip(requests_of(cell, prompts), answers.forced, strict=True):
-            key = cell.target, prompt.prompt_set, prompt.index
-            if key in self._known_prompts:
-                continue
-            self._known_prompts.add(key)
-            record = Prompt(
-                target=cell.target,
-                prompt_set=prompt.prompt_set,
-                index=prompt.index,
-                num_tokens=len(prompt.token_ids),
-                entropy=round(entropy(positions), 4),
-            )
-            rows.append(self.folder / rows.PROMPTS, record)
 
     # ---- the gate
 
@@ -313,7 +294,6 @@ class _Group:
         outcome = contender.run(system, cell, prompts)
         if system.name == PLAIN:
             bench.plain_answers(plain, cell, prompts, outcome)
-            bench.save_entropies(plain, cell, prompts)
         gate = bench.gate(plain, system, contender, cell, prompts, outcome)
         environment = bench.environment.model_copy(update={"threads": contender.threads})
         if gate.different:

@@ -1,98 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a page is made of: sections of sentences, plots and tables. Knows nothing of benchmarks."""
+"""Markdown tables, and Markdown as one HTML page with its pictures inside. Knows nothing of benchmarks."""
 
 from __future__ import annotations
 
 import base64
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from importlib.resources import files
+import html
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
-from heterospec_vllm.bench.style import save
-
-TEMPLATE = "report.html.j2"
-
-
-@dataclass(frozen=True)
-class TableCell:
-    """Lines of text, the first one emphasised; kind: win, loss, noise, bad, name or nothing."""
-
-    lines: tuple[str, ...]
-    kind: str = ""
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1540px; padding: 1rem 2rem; }
+h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc; }
+p, li { max-width: 60rem; }
+img { display: block; max-width: 100%; }
+table { display: block; overflow-x: auto; border-collapse: collapse; font-size: 13px; }
+th, td { border: 1px solid #ddd; padding: .25rem .5rem; text-align: right; white-space: nowrap; }
+th, td:first-child { background: #f6f6f6; text-align: left; }
+td strong { color: #b3261e; }
+code, pre { background: #f1f1f1; }
+"""
 
 
-@dataclass(frozen=True)
-class Table:
-    caption: str
-    header: tuple[TableCell, ...]
-    rows: tuple[tuple[TableCell, ...], ...]
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    escaped = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
 
 
-@dataclass(frozen=True)
-class Plot:
-    """A PNG: a file beside the page, and its bytes inside it."""
-
-    name: str
-    caption: str
-    uri: str
+def bullets(lines: Sequence[str]) -> str:
+    return "\n".join(f"* {line}" for line in lines)
 
 
-@dataclass
-class Section:
-    """Sentences may hold `code` in backticks."""
-
-    title: str
-    sentences: list[str] = field(default_factory=list)
-    bullets: list[str] = field(default_factory=list)
-    plots: list[Plot] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
-    folded: dict[str, str] = field(default_factory=dict)  # long text by title
-
-    @property
-    def anchor(self) -> str:
-        return re.sub(r"[^a-z]+", "-", self.title.lower()).strip("-")
+def picture(path: Path, caption: str) -> str:
+    """A PNG as text of the page."""
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f"![{caption}](data:image/png;base64,{data})\n\n{caption}"
 
 
-@dataclass
-class Sheet:
-    """Draws plots into a folder."""
+def to_html(title: str, text: str, files: Mapping[str, str]) -> str:
+    """One page without scripts or links to a network; ``files``: folded texts by name."""
+    from markdown_it import MarkdownIt
 
-    folder: Path
-
-    def plot(self, name: str, caption: str, draw: Callable[[], Figure]) -> Plot:
-        path = self.folder / f"{name}.png"
-        save(draw, path)
-        data = base64.b64encode(path.read_bytes()).decode()
-        return Plot(path.name, caption, f"data:image/png;base64,{data}")
-
-
-def text_table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """The first column names the row."""
-    return Table(
-        caption,
-        tuple(TableCell((name,)) for name in header),
-        tuple(
-            tuple(TableCell((text,), "name" if i == 0 else "") for i, text in enumerate(row))
-            for row in rows
-        ),
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
+    folded = "\n".join(
+        f"<details><summary>{html.escape(name)}</summary><pre>{html.escape(content)}</pre></details>"
+        for name, content in files.items()
     )
-
-
-def render(title: str, sections: Sequence[Section]) -> str:
-    """One self-contained HTML page."""
-    from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup, escape
-
-    def code(text: str) -> Markup:
-        return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
-
-    environment = Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8">'
+        f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style></head>\n"
+        f"<body>\n{body}\n{folded}\n</body>\n</html>\n"
     )
-    environment.filters["code"] = code
-    source = files("heterospec_vllm.bench").joinpath(TEMPLATE).read_text(encoding="utf-8")
-    return environment.from_string(source).render(title=title, sections=sections)

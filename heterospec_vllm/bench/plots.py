@@ -1,361 +1,135 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plots of what offline cells measured. Each function takes a frame with rows and returns a figure."""
+"""The three plots of the page: speed-ups, what a step does, and a server's latencies.
+
+Colours are of Okabe and Ito's set, which colour-blind readers can tell apart; markers repeat what they say.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from heterospec_vllm.bench.style import (
-    MARKERS,
-    PART_COLOURS,
-    SET_COLOURS,
-    figure,
-    handles_of,
-    legend_beside,
-    log2_axis,
-    log_y,
-    look,
-    of_place,
-    panels,
-    system_line,
-)
-from heterospec_vllm.bench.tables import MARGINAL, PLAIN, Frame, system_order
+from heterospec_vllm.bench.tables import FAMILIES, MARGINAL, PLAIN, Frame, system_order
 from heterospec_vllm.observe.counters import STEP_PARTS
 
+SETTINGS: dict[Any, Any] = {"axes.grid": True, "axes.axisbelow": True, "grid.color": "#dddddd"}
+PART_COLOURS = ("#4477AA", "#CCBB44", "#EE6677", "#228833", "#BBBBBB")  # in stacking order
+OF_FAMILIES = ("#000000", "#999999", "#0072B2", "#E69F00", "#CC79A7", "#009E73", "#8C6D00")
+COLOURS = {**dict(zip(FAMILIES, OF_FAMILIES, strict=True)), MARGINAL: "#D55E00"}
+MARKERS = "osD^vP*X<>"
 AT_ONCE = "requests at once"
-SPLIT_COLUMNS = 5  # of a page's width
+
+
+def save(draw: Callable[[], Figure], path: Path) -> None:
+    """Writes a PNG; the same picture for the same rows, so no version in the file."""
+    with matplotlib.rc_context(SETTINGS):
+        draw().savefig(path, metadata={"Software": None})
 
 
 def speedup(frame: Frame) -> Figure:
-    """Ratio to plain against concurrency, bars from the least to the greatest round for `marginal`."""
-    grid = panels(frame, width=5.2, height=4.2)
-    for place, axis in grid.axes.items():
-        part = of_place(frame, place)
-        axis.axhline(1.0, color="black", linewidth=1.4, zorder=3)
-        for system in _systems(part):
-            if system != PLAIN:
-                _ratio_line(axis, part[part["system"] == system], system)
-        log2_axis(axis, part["concurrency"], AT_ONCE)
-        axis.set_ylabel("times plain decoding")
-        axis.set_ylim(0, 1.06 * max(1.0, frame["high"].max(), frame["ratio"].max()))
-    legend_beside(grid.figure, list(grid.axes.values()))
-    return grid.figure
-
-
-def _ratio_line(axis: Axes, line: Frame, system: str) -> None:
-    line = line[line["ratio"].notna()].sort_values("concurrency")
-    if line.empty:
-        return
-    system_line(axis, line["concurrency"], line["ratio"], system)
-    if system == MARGINAL:
-        below, above = line["ratio"] - line["low"], line["high"] - line["ratio"]
-        axis.errorbar(
-            line["concurrency"],
-            line["ratio"],
-            # The mean of medians may lie outside the means of rounds by a hair.
-            yerr=[below.clip(lower=0), above.clip(lower=0)],
-            fmt="none",
-            ecolor=look(system).colour,
-            elinewidth=1.6,
-            capsize=5,
-            zorder=look(system).above,
-        )
-
-
-def counters(frame: Frame) -> Figure:
-    """Tokens a step, draft nodes a step and head passes a drafting step; a row a target and temperature."""
-    places = sorted(set(zip(frame["target"], frame["temperature"], strict=True)))
-    fig = figure(14.0, 3.4 * len(places))
-    grid = fig.subplots(len(places), 3, squeeze=False)
-    columns = {
-        "tokens_per_step": "tokens a step and request",
-        "nodes": "draft nodes a step and request",
-        "levels": "head passes a drafting step",
-    }
-    for row, place in zip(grid, places, strict=True):
-        part = of_place(frame, place)
-        for axis, (column, label) in zip(row, columns.items(), strict=True):
-            for system in _systems(part):
-                line = part[(part["system"] == system) & part[column].notna()]
-                if len(line) and not (system == "off" and column == "nodes"):
-                    line = line.sort_values("concurrency")
-                    system_line(axis, line["concurrency"], line[column], system)
-            axis.set_title(f"{place[0]}, T={place[1]:g}")
-            axis.set_ylabel(label)
-            most = part[column].max()
-            least = 1.0 if column == "tokens_per_step" else 0.0
-            axis.set_ylim(least - 0.03, most + 0.06 * (most - least) if most > least else None)
-            log2_axis(axis, part["concurrency"], AT_ONCE)
-    legend_beside(fig, list(grid.flat))
-    return fig
-
-
-def step_split(frame: Frame, place: tuple[str, float]) -> Figure:
-    """Milliseconds of a step by part (above) and their shares (below); a column a system."""
-    part = of_place(frame, place)
-    systems = _systems(part)
-    columns = min(len(systems), SPLIT_COLUMNS)
-    lines = -(-len(systems) // columns)
-    fig = figure(2.4 * columns + 1.5, 6.0 * lines)
-    grid = fig.subplots(2 * lines, columns, squeeze=False)
-    parts = [f"ms_{name}" for name in STEP_PARTS]
-    sizes = sorted(set(part["concurrency"]))  # every system has a place for each
-    names = [f"{size:g}" for size in sizes]
-    highest = part[parts].sum(axis=1).max()
-    for number in range(lines * columns):
-        above, below = (grid[2 * (number // columns) + i][number % columns] for i in (0, 1))
-        if number >= len(systems):
-            above.axis("off")
-            below.axis("off")
-            continue
-        of = part[part["system"] == systems[number]].set_index("concurrency").reindex(sizes)
-        _stack(above, names, of[parts], STEP_PARTS)
-        _stack(below, names, of[parts].div(of[parts].sum(axis=1), axis=0) * 100, STEP_PARTS)
-        above.set_ylim(0, 1.03 * highest)
-        below.set_ylim(0, 100)
-        above.set_title(_broken(systems[number]), fontsize=9.5)
-        for axis, label in ((above, "milliseconds a step"), (below, "share of a step, %")):
-            axis.set_xticks(range(len(sizes)), names)
-            axis.set_xlim(-0.6, len(sizes) - 0.4)  # bars of NaN leave no room
-            axis.set_xlabel(AT_ONCE)
-            if number % columns == 0:
-                axis.set_ylabel(label)
-            else:
-                axis.tick_params(labelleft=False)
-    _part_legend(fig, grid[0][0])
-    fig.suptitle(f"{place[0]}, T={place[1]:g}", fontweight="bold")
-    return fig
-
-
-def _stack(axis: Axes, names: list[str], values: Frame, parts: tuple[str, ...]) -> None:
-    bottom = None
-    for column, part, colour in zip(values.columns, parts, PART_COLOURS, strict=False):
-        heights = values[column].to_numpy()
-        axis.bar(names, heights, bottom=bottom, color=colour, label=part, width=0.75)
-        bottom = heights if bottom is None else bottom + heights
-    axis.grid(axis="x", visible=False)
-
-
-def _part_legend(fig: Figure, axis: Axes) -> None:
-    """In the order in which the parts are stacked."""
-    handles, labels = axis.get_legend_handles_labels()
-    fig.legend(handles[::-1], labels[::-1], loc="outside right upper")
-
-
-def oracle(frame: Frame) -> Figure:
-    """The simulated share of the oracle's speed by batch."""
-    fig = figure(8.2, 4.4)
-    axis = fig.subplots()
-    each = frame.drop_duplicates(["batch", "policy"])
-    for policy in sorted(set(each["policy"]) - {"oracle"}, key=system_order):
-        line = each[each["policy"] == policy].sort_values("batch")
-        system_line(axis, line["batch"], 100 * line["share"], policy)
-    axis.axhline(100, color="black", linewidth=1.4)
-    axis.set_ylabel("speed as a share of the oracle's, %")
-    axis.set_ylim(0, 105)
-    log2_axis(axis, each["batch"], AT_ONCE)
-    legend_beside(fig, [axis])
-    return fig
-
-
-def simulated(frame: Frame) -> Figure:
-    """Simulated against measured ratios, a panel a batch; one filled point a target."""
-    known = frame[frame["measured"].notna() & (frame["policy"] != PLAIN)]
-    policies = sorted(known["policy"].unique(), key=system_order)[::-1]
-    batches = sorted(known["batch"].unique())
-    fig = figure(2.2 + 3.7 * len(batches), 1.5 + 0.42 * len(policies))
-    axes = fig.subplots(1, len(batches), squeeze=False, sharey=True)[0]
-    for axis, batch in zip(axes, batches, strict=True):
-        axis.axvline(1.0, color="black", linewidth=1.4)
-        for y, policy in enumerate(policies):
-            points = known[(known["batch"] == batch) & (known["policy"] == policy)]
-            colour, rows = look(policy).colour, [y] * len(points)
-            axis.plot(points["measured"], rows, "o", color=colour, markersize=8)
-            axis.plot(points["simulated"], rows, "|", color="black", markersize=17, mew=2.6)
-        axis.set_yticks(range(len(policies)), policies)
-        axis.set_ylim(-0.6, len(policies) - 0.4)
-        axis.set_title(f"{batch} at once")
-        axis.set_xlabel("times plain decoding")
-    return fig
-
-
-def entropy_halves(frame: Frame) -> Figure:
-    """Speed-up of the prompts with low (filled) and with high (open) entropy, a line a system."""
-    systems = sorted(frame["system"].unique(), key=system_order)[::-1]
-    grid = panels(frame, height=1.2 + 0.3 * len(systems), sharex=True)
-    for place, axis in grid.axes.items():
-        part = of_place(frame, place).set_index("system").reindex(systems)
-        axis.axvline(1.0, color="black", linewidth=1.4)
-        for y, system in enumerate(systems):
-            low, high = part.loc[system, "low"], part.loc[system, "high"]
-            one = look(system)
-            axis.plot([low, high], [y, y], color=one.colour, linewidth=one.width)
-            for x, face in ((low, one.colour), (high, "white")):
-                axis.plot(x, y, "o", mfc=face, mec=one.colour, mew=1.8, markersize=8)
-        axis.set_yticks(range(len(systems)), systems)
-        axis.set_xlabel("times plain decoding")
-    return grid.figure
-
-
-def entropy_scatter(frame: Frame) -> Figure:
-    """`marginal`'s speed-up of every prompt against its entropy, coloured by prompt set."""
-    ours = frame[frame["system"] == MARGINAL]
-    grid = panels(ours)
-    sets = list(dict.fromkeys(ours["prompt_set"]))
-    for place, axis in grid.axes.items():
-        part = of_place(ours, place)
+    """Ratio to plain against concurrency; grey: plain's own spread."""
+    parts = _by_place(frame)
+    fig = _figure(5.2 * len(parts) + 2.3, 4.2)
+    axes = fig.subplots(1, len(parts), squeeze=False, sharey=True)[0]
+    for axis, (title, part) in zip(axes, parts, strict=True):
         axis.axhline(1.0, color="black", linewidth=1.4)
-        for i, name in enumerate(sets):
-            points = part[part["prompt_set"] == name]
-            axis.scatter(
-                points["entropy"],
-                points["ratio"],
-                s=38,
-                alpha=0.85,
-                color=SET_COLOURS[i % len(SET_COLOURS)],
-                marker=MARKERS[i % len(MARKERS)],
-                label=name,
-            )
-        axis.axvline(part["entropy"].median(), color="#888888", linestyle=":", linewidth=1.2)
-        axis.set_xlabel("entropy of the target, nats a token (dotted: median)")
-        axis.set_ylabel("times plain decoding")
+        loads = sorted(set(part["concurrency"]))
+        noise = part.groupby("concurrency")["noise"].max()
+        axis.fill_between(range(len(loads)), 1 - noise, 1 + noise, color="#eeeeee")
+        _lines(axis, part[part["system"] != PLAIN], "concurrency", loads, "ratio")
+        axis.set(title=title, xlabel=AT_ONCE, ylabel="times plain decoding")
         # Panels share the axis: a limit from one of them would cut the others' points off.
-        axis.set_ylim(0, 1.06 * max(1.0, ours["ratio"].max()))
-    legend_beside(grid.figure, list(grid.axes.values()), title="prompts")
-    return grid.figure
+        axis.set_ylim(0, 1.06 * max(1.0, frame["ratio"].max()))
+    _legend(fig, axes)
+    return fig
 
 
-def serving(frame: Frame, by: str) -> Figure:
-    """Latencies (ms, median above and p99 below) and throughput; `by` is `concurrency` or `request_rate`."""
-    columns = {
-        "ttft": "time to first token, ms",
-        "tpot": "time per output token, ms",
-        "itl": "between two tokens, ms",
-        "e2el": "end to end, ms",
-    }
-    fig = figure(13.6, 9.0)
-    grid = fig.subplots(3, 4)
-    for j, (name, label) in enumerate(columns.items()):
-        for i, which in enumerate(("p50", "p99")):
-            _over_load(grid[i][j], frame, by, f"{name}_{which}", f"{label}, {which}", log=True)
-    _over_load(grid[2][0], frame, by, "request_throughput", "requests a second", log=False)
-    if frame["goodput"].notna().any():
-        _over_load(grid[2][1], frame, by, "goodput", "goodput, requests a second", log=False)
-    else:
-        grid[2][1].axis("off")
-    found = handles_of(list(grid.flat))
+def steps(frame: Frame) -> Figure:
+    """Tokens and draft nodes a step and request, and the milliseconds of `marginal`'s steps by part."""
+    parts = _by_place(frame)
+    fig = _figure(15.0, 3.6 * len(parts))
+    grid = fig.subplots(len(parts), 3, squeeze=False)
+    for row, (title, part) in zip(grid, parts, strict=True):
+        loads = sorted(set(part["concurrency"]))
+        _lines(row[0], part, "concurrency", loads, "tokens_per_step")
+        _lines(row[1], part[part["system"] != "off"], "concurrency", loads, "nodes")
+        ours = part[part["system"] == MARGINAL].set_index("concurrency").reindex(loads)
+        _stack(row[2], ours, loads)
+        labels = ("tokens a step and request", "draft nodes a step and request")
+        for axis, label in zip(row, (*labels, f"{MARGINAL}: ms a step"), strict=True):
+            axis.set(title=title, xlabel=AT_ONCE, ylabel=label)
+    _legend(fig, list(grid[:, :2].flat))
+    return fig
+
+
+def _stack(axis: Axes, ours: Frame, loads: list[int]) -> None:
+    bottom = ours["ms_target"].fillna(0) * 0
+    for name, colour in zip(STEP_PARTS, PART_COLOURS, strict=True):
+        heights = ours[f"ms_{name}"].fillna(0)
+        axis.bar(range(len(loads)), heights, bottom=bottom, color=colour, label=name)
+        bottom = bottom + heights
+    axis.set_xticks(range(len(loads)), [f"{load:g}" for load in loads])
+    axis.legend(fontsize="small")
+
+
+def serving(frame: Frame) -> Figure:
+    """Latencies in milliseconds (median above, p99 below) and requests a second, by load."""
+    names = {"ttft": "time to first token, ms", "tpot": "time per output token, ms"}
+    names["e2el"] = "end to end, ms"
+    loads = list(dict.fromkeys(frame["load"]))
+    fig = _figure(16.0, 7.0)
+    grid = fig.subplots(2, 4)
+    for row, which in zip(grid, ("p50", "p99"), strict=True):
+        for axis, (name, label) in zip(row, names.items(), strict=False):
+            _lines(axis, frame, "load", loads, f"{name}_{which}")
+            axis.set(title=f"{label}, {which}", ylim=(0, None))
+    for axis, column in zip(grid[:, 3], ("request_throughput", "goodput"), strict=True):
+        _lines(axis, frame, "load", loads, column)
+        axis.set(title=f"{column.replace('_', ' ')}, requests a second", ylim=(0, None))
+    _legend(fig, list(grid.flat))
+    return fig
+
+
+def _figure(width: float, height: float) -> Figure:
+    """Inches. Without pyplot: nothing global is left behind."""
+    return Figure(figsize=(width, height), dpi=100, layout="constrained")
+
+
+def _by_place(frame: Frame) -> list[tuple[str, Frame]]:
+    groups = frame.groupby(["target", "temperature"])
+    return [(f"{target}, T={temperature:g}", part) for (target, temperature), part in groups]
+
+
+def _lines(axis: Axes, frame: Frame, by: str, loads: Sequence[Any], column: str) -> None:
+    """A line a system over loads, which are equally far apart."""
+    for system in sorted(frame["system"].unique(), key=system_order):
+        line = frame[(frame["system"] == system) & frame[column].notna()]
+        places = sorted(
+            (loads.index(load), value) for load, value in zip(line[by], line[column], strict=True)
+        )
+        if places:
+            ours = system == MARGINAL
+            number = sum(map(int, re.findall(r"\d+", system)))
+            family = next((f for f in COLOURS if system.startswith(f)), "off")
+            axis.plot(
+                *zip(*places, strict=True), label=system, color=COLOURS[family],
+                marker=MARKERS[number % len(MARKERS)], linewidth=3.2 if ours else 1.4,
+                zorder=5 if ours else 2, linestyle="-" if family in (MARGINAL, "eagle3") else "--",
+            )  # fmt: skip
+    axis.set_xticks(range(len(loads)), [f"{n:g}" if by == "concurrency" else n for n in loads])
+
+
+def _legend(fig: Figure, axes: Sequence[Axes]) -> None:
+    """One for all panels, to their right, in the order of tables."""
+    found: dict[str, Any] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
     names = sorted(found, key=system_order)
-    grid[2][2].axis("off")
-    grid[2][3].axis("off")
-    grid[2][2].legend([found[n] for n in names], names, loc="upper left", ncols=2)
-    return fig
-
-
-def _over_load(axis: Axes, frame: Frame, by: str, column: str, label: str, log: bool) -> None:
-    known = frame[frame[column].notna()]
-    for system in _systems(known):
-        line = known[known["system"] == system].sort_values(by)
-        system_line(axis, line[by], line[column], system)
-    log2_axis(axis, known[by], AT_ONCE if by == "concurrency" else "requests sent a second")
-    axis.set_title(label, fontsize=11, fontweight="normal")
-    if log:
-        log_y(axis, known[column])
-    else:
-        axis.set_ylim(bottom=0)
-
-
-def growth(points: Frame, parts: Frame) -> Figure:
-    """For each target (rows) and sweep (columns): a step by part, plain's step beside it."""
-    targets, sweeps = _targets_and_sweeps(points)
-    fig = figure(4.6 * len(sweeps), 3.8 * len(targets) + 0.9)
-    grid = fig.subplots(len(targets), len(sweeps), squeeze=False)
-    for i, target in enumerate(targets):
-        for j, sweep in enumerate(sweeps):
-            here = _sweep(points, target, sweep)
-            _growth_bars(grid[i][j], here, parts.loc[here.index])
-            grid[i][j].set_title(f"{target}\n{_fixed(here, sweep)}", fontsize=10.5)
-            grid[i][j].set_xlabel(SWEEPS[sweep])
-        grid[i][0].set_ylabel("milliseconds a step")
-    found = handles_of(list(grid.flat))
-    fig.legend(found.values(), found.keys(), loc="outside lower center", ncols=4)
-    return fig
-
-
-SWEEPS = {
-    "nodes": "draft nodes a request",
-    "requests": "requests at once",
-    "context": "tokens of context",
-}
-
-
-def _targets_and_sweeps(points: Frame) -> tuple[list[str], list[str]]:
-    return sorted(points["target"].unique()), [s for s in SWEEPS if s in set(points["sweep"])]
-
-
-def _sweep(points: Frame, target: str, sweep: str) -> Frame:
-    chosen = points[(points["target"] == target) & (points["sweep"] == sweep)]
-    return chosen.sort_values("value")
-
-
-def _fixed(points: Frame, sweep: str) -> str:
-    """What stays the same in a sweep."""
-    units = {"nodes": "nodes", "requests": "requests", "context": "tokens of context"}
-    if points.empty:
-        return ""
-    return ", ".join(
-        f"{points[name].iloc[0]} {unit}" for name, unit in units.items() if name != sweep
-    )
-
-
-def _growth_bars(axis: Axes, points: Frame, parts: Frame) -> None:
-    """Ours left, plain right of each value."""
-    x = range(len(points))
-    bottom = [0.0] * len(points)
-    for column, colour in zip(parts.columns, PART_COLOURS, strict=True):
-        left = [n - 0.2 for n in x]
-        axis.bar(left, parts[column], bottom=bottom, width=0.38, color=colour, label=column)
-        bottom = [b + value for b, value in zip(bottom, parts[column], strict=True)]
-    right = [n + 0.2 for n in x]
-    axis.bar(
-        right,
-        points["ms_plain"],
-        width=0.38,
-        color="white",
-        edgecolor="black",
-        hatch="///",
-        label="plain step",
-    )
-    axis.set_xticks(list(x), [f"{value:g}" for value in points["value"]])
-    axis.grid(axis="x", visible=False)
-
-
-def attention(points: Frame) -> Figure:
-    """One layer's attention: our op and vLLM's."""
-    points = points[points["attention_ms"].notna()]
-    targets, sweeps = _targets_and_sweeps(points)
-    fig = figure(4.4 * len(sweeps) + 1.0, 3.5 * len(targets))
-    grid = fig.subplots(len(targets), len(sweeps), squeeze=False)
-    for i, target in enumerate(targets):
-        for j, sweep in enumerate(sweeps):
-            here = _sweep(points, target, sweep)
-            ours, theirs = here["attention_ms"], here["vllm_attention_ms"]
-            axis = grid[i][j]
-            axis.plot(here["value"], ours, "o-", color=look(MARGINAL).colour, lw=2.4, label="ours")
-            axis.plot(here["value"], theirs, "s--", color=look("eagle3 k=3").colour, label="vLLM's")
-            axis.set_title(f"{target}\n{_fixed(here, sweep)}", fontsize=10.5)
-            log2_axis(axis, here["value"], SWEEPS[sweep])
-            log_y(axis, [*ours.dropna(), *theirs.dropna()])
-        grid[i][0].set_ylabel("milliseconds a layer")
-    legend_beside(fig, list(grid.flat))
-    return fig
-
-
-def _systems(frame: Frame) -> list[str]:
-    return sorted(frame["system"].unique(), key=system_order)
-
-
-def _broken(system: str) -> str:
-    """A long name on two lines."""
-    head, _, tail = system.partition(" ")
-    return f"{head}\n{tail}" if len(system) > 18 else system
+    fig.legend([found[name] for name in names], names, loc="outside right upper")

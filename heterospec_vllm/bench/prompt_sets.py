@@ -23,7 +23,13 @@ REPETITIVE = (
     "List all months of the years 2020 to 2024, each with its year.",
     "Print the powers of two from 2^1 to 2^40.",
 )
-BUILT_INS = {"builtin": BUILT_IN, "builtin:repetitive": REPETITIVE}
+# Some 600 tokens each, for answers that are short beside their prompts.
+LONG = tuple(
+    "Which of these requests is the hardest to answer, and why?\n"
+    + "\n".join((*BUILT_IN[first:], *REPETITIVE, *BUILT_IN[:first]))
+    for first in range(16)
+)
+BUILT_INS = {"builtin": BUILT_IN, "builtin:repetitive": REPETITIVE, "builtin:long": LONG}
 MOST = 128  # prompts of a file that are looked at
 
 

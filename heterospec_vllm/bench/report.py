@@ -1,177 +1,169 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders of benchmark rows to one HTML page, its plots and the generated Markdown."""
+"""Folders of benchmark rows to a Markdown summary, and to one page of the same text with plots."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from heterospec_vllm.bench import markdown, sections
-from heterospec_vllm.bench.page import Section, Sheet, render, text_table
-from heterospec_vllm.bench.rows import SPEC, Environment
-from heterospec_vllm.bench.sections import NEEDS, Material
-from heterospec_vllm.bench.tables import PLAIN, CellSummary, Results, load
+import pandas as pd
 
-PAGE, TABLE, SUMMARY = "report.html", "table.md", "summary.md"
-MADE = (
-    sections.speedup,
-    sections.all_cells,
-    sections.acceptance,
-    sections.step_split,
-    sections.oracle,
-    sections.entropy,
-    sections.serving,
-    sections.growth,
+from heterospec_vllm.bench import details, plots, words
+from heterospec_vllm.bench.page import bullets, picture, table, to_html
+from heterospec_vllm.bench.rows import SPEC
+from heterospec_vllm.bench.tables import (
+    CHAIN_PREFIX,
+    PLAIN,
+    CellSummary,
+    Frame,
+    by_load,
+    by_place,
+    load,
+    mean_against,
+    speedups,
+    summarise,
+    systems_of,
+    timed,
+    verdict,
 )
-# Sections whose sentences and tables are in `summary.md` too, behind the cells.
-IN_SUMMARY = ("Serving", "Cost of growth")
+from heterospec_vllm.bench.words import bold
+
+PAGE, SUMMARY = "report.html", "summary.md"
+HOW_TO_READ = (
+    "Of plain decoding: its speed and, in brackets, how far its own rounds lie apart, (max - min) / median. Of the "
+    "others: times plain / times the best chain (of an `eagle3` only the first); tokens a step and request; rounds "
+    "won against plain. `n/a`: no round has both. Below 1 is bold; ≈ is within plain's own spread. The best chain is "
+    "the fastest `eagle3` of a cell, chosen with hindsight. `mean`: geometric, over the prompt sets."
+)
+LATENCIES = ("ttft_p50", "ttft_p99", "tpot_p50", "tpot_p99", "e2el_p50", "e2el_p99")
+SERVED = (
+    "Medians over rounds of what `vllm bench serve` measured, latencies in milliseconds. TTFT: time to the first "
+    "token, TPOT: time per output token after it, E2EL: end to end; ratios above are of its median."
+)
 
 
-def write_report(
-    folders: Sequence[Path],
-    output: Path,
-    title: str,
-    simulation: Path | None = None,
-    readme: Path | None = None,
-) -> None:
-    """Writes the page, the plots, `table.md` and `summary.md`. Raises ValueError for what cannot be read."""
-    if readme is not None:
-        markdown.check_markers(readme)
-    simulated = None if simulation is None else load_simulation(simulation)
-    material = Material(load(folders), simulated)
+def write_report(folders: Sequence[Path], output: Path, title: str) -> None:
+    """Writes the page, its plots and the summary. Raises ValueError for what cannot be read."""
+    rows = load(folders)
     output.mkdir(parents=True, exist_ok=True)
-    head = sections.headlines(material)
-    page = page_sections(material, head, folders, Sheet(output))
-    (output / PAGE).write_text(render(title, page), encoding="utf-8")
-    table = markdown.readme_table(material.cells, origin(material))
-    (output / TABLE).write_text(table, encoding="utf-8")
-    sentences = [*head.sentences, *(b for b in head.bullets if not b.startswith("Loss: "))]
-    everything = [*material.cells, *material.served]
-    more = [section for section in page if section.title in IN_SUMMARY]
-    (output / SUMMARY).write_text(
-        markdown.summary_markdown(title, sentences, everything, more), encoding="utf-8"
-    )
-    if readme is not None:
-        markdown.into_readme(readme, table + _plot_reference(output, readme))
+    summary = summary_of(rows, title)
+    (output / SUMMARY).write_text(summary, encoding="utf-8")
+    files = {str(p): p.read_text(encoding="utf-8") for f in folders if (p := f / SPEC).is_file()}
+    page = "\n\n".join([summary, "## Plots", *drawn(rows, output)])
+    (output / PAGE).write_text(to_html(title, page, files), encoding="utf-8")
 
 
-def page_sections(
-    material: Material, head: Section, folders: Sequence[Path], sheet: Sheet
-) -> list[Section]:
-    """In the order of the page; what is missing is named at the end."""
-    made = [section for make in MADE if (section := make(material, sheet)) is not None]
-    page = [head, *made, how_it_was_made(material, folders)]
-    titles = {section.title for section in made}
-    missing = [f"{title}: run {what}." for title, what in NEEDS.items() if title not in titles]
-    if missing:
-        page.append(Section("Not in this report", bullets=missing))
-    return page
+def summary_of(rows: Frame, title: str) -> str:
+    offline, served = summarise(rows), summarise(rows, "serving")
+    parts = [f"# {title}", *in_words(rows, offline, served)]
+    for heading, cells in (("## Speed", offline), ("## Servers", served)):
+        if cells:
+            parts += [heading, HOW_TO_READ]
+        for (target, temperature), here in by_place(cells).items():
+            parts += [f"{target}, T={temperature:g}:", main_table(here)]
+    if served:
+        parts += [SERVED, latencies(details.serving(rows, served))]
+    parts += ["## How it was made", *made(rows)]
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def load_simulation(path: Path) -> dict[str, Any]:
-    """Raises ValueError that names the file and what is wrong with it."""
-    wanted = "the output of `heterospec simulate --json`"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        for policies in found.values():
-            for values in policies.values():
-                float(values["share_of_oracle"]), float(values["ratio_to_plain"])
-        for batch in found:
-            int(batch)
-    except OSError as error:
-        raise ValueError(f"found no file {path}, allowed: {wanted}") from error
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not {wanted} ({error})") from error
-    return found
-
-
-def how_it_was_made(material: Material, folders: Sequence[Path]) -> Section:
-    """Commits, versions, machine, threads and commands, with the specs as they ran."""
-    results = material.results
-    section = Section("How it was made")
-    rounds = _rounds([*material.cells, *material.served])
-    if rounds:
-        section.sentences.append(
-            f"Timed rounds of a system in a cell: {rounds}. Every round is a row; ratios are of medians over the "
-            "rounds of engines that were loaded together, plain decoding always among them."
-        )
-    if results.superseded:
-        section.sentences.append(
-            f"{results.superseded} rows were replaced by a later row of the same round and do not count."
-        )
-    section.sentences += [warm_up for folder in folders if (warm_up := _warm_up(folder / SPEC))]
-    rows = [_environment_row(env, count) for env, count in environments(results).items()]
-    if rows:
-        section.tables.append(
-            text_table("Environments", list(rows[0]), [list(r.values()) for r in rows])
-        )
-    for folder in folders:
-        if (folder / SPEC).is_file():
-            section.folded[str(folder / SPEC)] = (folder / SPEC).read_text(encoding="utf-8")
-    return section
-
-
-def environments(results: Results) -> dict[str, int]:
-    """Number of rows of each environment, as its JSON."""
-    found = [*results.rows["environment"], *results.growth["environment"]]
-    return dict(Counter(one.model_dump_json() for one in found))
-
-
-def _environment_row(environment: str, count: int) -> dict[str, str]:
-    """Every field that the environment has, by its name."""
-    fields = json.loads(environment)
-    shown = {
-        name: ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
-        for name, value in fields.items()
-    }
-    return {"rows": str(count), **{name: str(value) for name, value in shown.items()}}
-
-
-def _warm_up(spec: Path) -> str | None:
-    import yaml
-
-    if not spec.is_file():
-        return None
-    found = yaml.safe_load(spec.read_text(encoding="utf-8"))
-    tokens = found.get("warmup_tokens") if isinstance(found, dict) else None
-    if tokens is None:
-        return None
-    return f"{spec.parent}: before its first round in a cell each system decodes {tokens} tokens a request, untimed."
-
-
-def _rounds(cells: Sequence[CellSummary]) -> str:
-    """How many were timed, without plain's, which runs beside every group of engines."""
-    entries = [e for one in cells for e in one.entries.values() if e.system != PLAIN]
-    counts = sorted({len(e.speeds) for e in entries if len(e.speeds)})
-    return (
-        "" if not counts else " to ".join(str(n) for n in dict.fromkeys(counts[:1] + counts[-1:]))
-    )
-
-
-def origin(material: Material) -> str:
-    """One sentence under the README's table: where and with what, if all rows agree on it."""
-    found = [Environment.model_validate_json(one) for one in environments(material.results)]
-    rounds = _rounds(material.cells)
-    parts = [
-        ", ".join(sorted({env.machine for env in found})),
-        ", ".join(
-            sorted({f"vLLM {env.versions['vllm']}" for env in found if "vllm" in env.versions})
-        ),
-        "commit " + ", ".join(sorted({env.commit for env in found})) if found else "",
-        f"medians over interleaved rounds ({rounds} a cell)" if rounds else "",
+def in_words(rows: Frame, offline: list[CellSummary], served: list[CellSummary]) -> list[str]:
+    everything = [*offline, *served]
+    sentences = words.headlines(offline) + words.headlines(served, "serving")
+    lines = [f"Loss: {text}" for text in words.losses(everything)]
+    lines += [
+        f"Answers differ, no timing: {line}"
+        for line in words.without_timing(everything, "different")
     ]
-    return "; ".join(filter(None, parts)) + "."
+    lines += [f"Failed: {line}" for line in words.without_timing(everything, "failed")]
+    return [*sentences, words.gates(rows), bullets(lines)]
 
 
-def _plot_reference(output: Path, readme: Path) -> str:
-    """A plot and links, relative to the README; nothing where no plot was drawn."""
-    base = readme.resolve().parent
-    place = Path(os.path.relpath(output.resolve(), base)).as_posix()
-    links = f"All cells, losses included: [{SUMMARY}]({place}/{SUMMARY})."
-    if not (output / "speedup.png").is_file():
-        return f"\n{links}\n"
-    return f"\n![Speed-up over plain decoding]({place}/speedup.png)\n\n{links}\n"
+def main_table(cells: list[CellSummary]) -> str:
+    """Systems downwards, loads to the right; where a load has several prompt sets, their mean comes first."""
+    columns: dict[str, list[CellSummary]] = {}
+    for label, group in by_load(cells).items():
+        several = len({one.cell.prompt_set for one in group}) > 1
+        columns[f"{label}: mean" if several else label] = group
+        for one in group if several else []:
+            columns.setdefault(f"{label}: {one.cell.prompt_set}", []).append(one)
+    lines = [
+        [f"`{system}`", *(_result(group, system) for group in columns.values())]
+        for system in systems_of(cells)
+    ]
+    return table(["system", *columns], lines)
+
+
+def _result(group: list[CellSummary], system: str) -> str:
+    entries = [one.entries[system] for one in group if system in one.entries]
+    if reason := words.no_timing(entries):
+        return reason
+    noise = max((one.noise for one in group if one.noise is not None), default=None)
+    if system == PLAIN:
+        spread = "one round" if noise is None else f"spread {100 * noise:.1f} %"
+        return f"{words.speed(group[0], PLAIN)} ({spread})" if len(group) == 1 else spread
+    ratio = mean_against(group, system, PLAIN)
+    if ratio is None:
+        return "n/a" if entries else ""
+    parts = [bold(ratio) + (" ≈" if verdict(ratio, noise) == "noise" else "")]
+    if not system.startswith(CHAIN_PREFIX):
+        parts[0] += f" / {bold(mean_against(group, system, 'best chain'))}"
+    kept = pd.concat([entry.timed for entry in entries])
+    for length in details.step_counters(kept, ["system"])["tokens_per_step"].dropna():
+        parts.append(f"{length:.2f}")
+    pairs = [pair for one in group if (pair := one.against(system, PLAIN))]
+    won, lost = sum(pair.won for pair in pairs), sum(pair.lost for pair in pairs)
+    return "; ".join([*parts, f"{won}/{won + lost}"])
+
+
+def latencies(frame: Frame) -> str:
+    numbers = {name: name.upper().replace("_", " ") for name in LATENCIES}
+    numbers |= {"request_throughput": "requests/s", "goodput": "goodput", "failed": "failed"}
+    lines = [
+        [
+            row["label"],
+            row["system"],
+            *("" if row[n] != row[n] else f"{row[n]:.2f}" for n in numbers),
+        ]
+        for _, row in frame.iterrows()
+    ]
+    return table(["cell", "system", *numbers.values()], lines)
+
+
+def made(rows: Frame) -> list[str]:
+    """Machine, threads, commit, command and versions of the rows, and what a cell's runs are."""
+    found: dict[str, int] = Counter()
+    for env in rows["environment"]:
+        versions = ", ".join(f"{name} {version}" for name, version in env.versions.items())
+        text = f"{env.machine}; {env.threads}; commit {env.commit}; `{env.command}`; {versions}"
+        found[text] += 1
+    cells = [f"{cell.label}: {cell.num_prompts} x {cell.lengths} tokens" for cell in rows["cell"]]
+    environments = bullets([f"{count} rows: {text}" for text, count in found.items()])
+    return [
+        environments,
+        "Cells (requests x tokens of an answer):",
+        bullets([*dict.fromkeys(cells)]),
+    ]
+
+
+def drawn(rows: Frame, output: Path) -> list[str]:
+    """Draws what the rows hold into a folder; the pictures as text of the page."""
+    figures = []
+    ratios = speedups(summarise(rows))
+    if ratios[ratios["system"] != PLAIN]["ratio"].notna().any():
+        caption = "Times plain decoding; grey: how far plain's own rounds lie apart."
+        figures.append(("speedup.png", caption, plots.speedup, ratios))
+    steady = timed(rows[(rows["mode"] == "offline") & (rows["load"] == "steady")])
+    counted = details.step_counters(steady)
+    if len(counted):
+        caption = "Accepted length, draft nodes and parts of a step; steps without a draft count."
+        figures.append(("steps.png", caption, plots.steps, counted))
+    served = details.serving(rows, summarise(rows, "serving"))
+    for number, (target, part) in enumerate(served.groupby("target") if len(served) else (), 1):
+        caption = f"{target}: what servers took, by load."
+        figures.append((f"serving-{number}.png", caption, plots.serving, part))
+    for name, _, draw, frame in figures:
+        plots.save(partial(draw, frame), output / name)
+    return [picture(output / name, caption) for name, caption, _, _ in figures]

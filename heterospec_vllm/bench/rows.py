@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a benchmark leaves on disk: one JSON line a run, whole or absent.
 
-A folder of results holds ``rows.jsonl`` (:class:`Row`), ``prompts.jsonl`` (:class:`Prompt`), ``growth.jsonl``
-(:class:`GrowthRow`) and the ``spec.yaml`` that made them. The report reads nothing else.
+A folder of results holds ``rows.jsonl`` (:class:`Row`) and the ``spec.yaml`` that made them. The report reads nothing
+else.
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from heterospec_vllm.kernels import private_files
 
 ROWS = "rows.jsonl"
-PROMPTS = "prompts.jsonl"
-GROWTH = "growth.jsonl"
 SPEC = "spec.yaml"
 
 Status = Literal["ok", "failed", "different"]
@@ -149,34 +147,6 @@ class Row(_Record):
         return self.num_tokens / self.seconds
 
 
-class Prompt(_Record):
-    """A prompt of a set and how uncertain the target is about its answer."""
-
-    target: str
-    prompt_set: str
-    index: int
-    num_tokens: int
-    entropy: float  # nats a token, mean over plain decoding's greedy answer, of its top 20 choices
-
-
-class GrowthRow(_Record):
-    """One point of a sweep: the median step of our engine, by part."""
-
-    target: str
-    sweep: Literal["nodes", "requests", "context"]
-    value: int
-    nodes: int  # verified draft nodes of each request
-    requests: int
-    context: int
-    ms_per_step: float
-    ms_plain: float  # of the same engine's step without speculation, same requests and context
-    spans_ms: dict[str, float]  # by part, see `heterospec step-table`
-    attention_ms: float | None = None  # one layer's call of our op with these queries
-    vllm_attention_ms: float | None = None  # the same of vLLM's op, the queries as a chain
-    time: str
-    environment: Environment
-
-
 R = TypeVar("R", bound=BaseModel)
 
 
@@ -188,6 +158,21 @@ def read(path: Path, kind: type[R]) -> Iterator[R]:
         for line in lines:
             if line.endswith("\n"):
                 yield kind.model_validate(json.loads(line))
+
+
+def rows_of(folder: Path) -> list[Row]:
+    """Raises ValueError that names the folder or file which holds no results."""
+    path = folder / ROWS
+    if not path.is_file():
+        raise ValueError(f"found no {ROWS} in {folder}, allowed: folders of `heterospec bench`")
+    try:
+        return list(read(path, Row))
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise ValueError(f"{path}: {where}: {problem['msg']}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def append(path: Path, record: BaseModel) -> None:

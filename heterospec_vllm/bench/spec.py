@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -20,7 +20,6 @@ from pydantic import (
     model_validator,
 )
 
-from heterospec_vllm.bench.growth_points import GrowthSpec
 from heterospec_vllm.bench.rows import Cell, LoadName
 from heterospec_vllm.bench.spec_errors import clauses_of
 from heterospec_vllm.config import HeteroSpecConfig
@@ -217,12 +216,11 @@ class BenchSpec(_Spec):
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     max_model_len: int = Field(2048, ge=64)
     systems: Names
-    # path, `builtin`, `builtin:repetitive`, or a dataset of vLLM
+    # path, `builtin`, `builtin:repetitive`, `builtin:long`, or a dataset of vLLM
     prompts: dict[str, str | Dataset]
     # name: sets whose prompts are sent in turn; `mix` is all of them unless it is named here
     mixes: dict[str, list[str]] = {}
     cells: list[CellGroup] = []
-    growth: GrowthSpec | None = None
     rounds: int = Field(3, ge=1)
     warmup_tokens: int = Field(16, ge=1)
     # nats; a first difference within is numeric noise; default: by dtype, see NEAR_TIES
@@ -314,17 +312,52 @@ def planned_cells(spec: BenchSpec, target_name: str) -> Iterator[Planned]:
                         yield Planned(cell, group.rounds or spec.rounds, systems)
 
 
-def load_spec(path: Path) -> BenchSpec:
-    """Reads and checks a spec; relative prompt paths are relative to its folder. Raises ValueError."""
-    spec = read_yaml(path, BenchSpec)
+def load_spec(path: Path, dtype: str | None = None) -> BenchSpec:
+    """Reads and checks a spec; relative prompt paths are relative to its folder. Raises ValueError.
+
+    ``dtype``: instead of the spec's.
+    """
+    spec = read_yaml(path, BenchSpec, {} if dtype is None else {"dtype": dtype})
     for name, source in spec.prompts.items():
         if isinstance(source, str) and not source.startswith("builtin"):
             spec.prompts[name] = str(path.parent / Path(source).expanduser())
     return spec
 
 
-def read_yaml(path: Path, kind: type[M]) -> M:
-    """A checked YAML file; raises ValueError with the file and the fields that are wrong."""
+def with_prompt_files(spec: BenchSpec, folder: Path) -> BenchSpec:
+    """Every `builtin` set is replaced by the folder's JSONL files, each a set under its name. Raises ValueError."""
+    files = {path.stem: str(path) for path in sorted(folder.glob("*.jsonl"))}
+    kept = {name: source for name, source in spec.prompts.items() if source != "builtin"}
+    taken = [name for name in files if name in kept or name in spec.mixes]
+    if not files or taken:
+        found = f"a file '{taken[0]}.jsonl'" if taken else f"no *.jsonl in {folder}"
+        raise ValueError(
+            f"prompts: found {found}, allowed: a folder of JSONL files with other names than "
+            f"{', '.join([*kept, *spec.mixes])}"
+        )
+
+    def renamed(names: list[str]) -> list[str]:
+        builtin = set(spec.prompts) - set(kept)
+        return [n for name in names for n in (files if name in builtin else [name])]
+
+    values = spec.model_dump()
+    values["prompts"] = {**files, **kept}
+    values["mixes"] = {name: _once(renamed(sets)) for name, sets in spec.mixes.items()}
+    for group in values["cells"]:
+        if isinstance(group["prompts"], list):
+            group["prompts"] = _once(renamed(group["prompts"]))
+    return BenchSpec.model_validate(values)
+
+
+def _once(names: list[str]) -> list[str]:
+    return list(dict.fromkeys(names))
+
+
+def read_yaml(path: Path, kind: type[M], changes: Mapping[str, Any] | None = None) -> M:
+    """A checked YAML file, with some values changed.
+
+    Raises ValueError with the file and the fields that are wrong.
+    """
     import yaml
 
     if not path.is_file():
@@ -340,6 +373,7 @@ def read_yaml(path: Path, kind: type[M]) -> M:
         raise ValueError(f"{path}: found no valid YAML ({words}), allowed: a mapping") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: found {type(values).__name__}, allowed: a mapping")
+    values.update(changes or {})
     try:
         return kind.model_validate(values)
     except ValidationError as error:

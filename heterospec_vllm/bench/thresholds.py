@@ -10,14 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 
-from heterospec_vllm.bench.rows import ROWS, Row, read
-from heterospec_vllm.bench.tables import (
-    CellSummary,
-    named,
-    rows_frame,
-    summarise,
-    without_superseded,
-)
+from heterospec_vllm.bench.tables import CellSummary, load, summarise
 
 
 class Threshold(BaseModel):
@@ -38,8 +31,7 @@ class Thresholds(BaseModel):
 
     def reached(self, folder: Path, console: Console) -> bool:
         """Prints a line for each; False where one is missed or cannot be judged."""
-        found = [(str(folder), row) for row in read(folder / ROWS, Row)]
-        rows = without_superseded(rows_frame(found))
+        rows = load([folder])
         cells = [*summarise(rows), *summarise(rows, "serving")]
         results = [_judge(threshold, cells, console) for threshold in self.thresholds]
         return all(results)
@@ -47,7 +39,7 @@ class Thresholds(BaseModel):
 
 def _judge(threshold: Threshold, cells: list[CellSummary], console: Console) -> bool:
     pairs = [
-        one.against(threshold.system, named(one, threshold.rival))
+        one.against(threshold.system, threshold.rival)
         for one in cells
         if one.cell.concurrency == threshold.concurrency
     ]

@@ -34,6 +34,22 @@ def bench(
             "`--dry-run`]",
         ),
     ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="`bfloat16`, `float16` or `float32`, instead of the spec's; `float32` for "
+            "CPUs without AVX-512."
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            help="Folder of JSONL files (`prompt` or `turns`), each a set under its name, instead "
+            "of the prompts that are built in.",
+        ),
+    ] = None,
     thresholds: Annotated[
         Path | None,
         typer.Option(help="YAML of ratios that must be reached, else the exit code is 2."),
@@ -55,7 +71,7 @@ def bench(
 
     Systems: `plain`, `eagle3 k=N`, `eagle3 tuned`, `ngram k=N`, `off`, `chain k=N`,
     `static nodes=N depth=N top=N`, `paper ...`, `marginal ...`. A spec to start from is
-    `benchmarks/policies.yaml`; `docs/benchmarks.md` explains every key.
+    `benchmarks/ladder.yaml`; `docs/benchmarks.md` explains every key.
 
     Exit code: 0; 1 where a cell failed or answers differ; 2 below a threshold; 130 interrupted.
     """
@@ -64,7 +80,8 @@ def bench(
     # `kill` is Ctrl-C: whole rows, no stray process.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console()
-    spec, limits = _checked(spec_file, thresholds)
+    spec = _checked(spec_file, dtype, prompts)
+    limits = _limits(thresholds)
     if dry_run:
         for planned in planned_cells(spec, spec.target_name or "target"):
             names = ", ".join(system.name for system in planned.systems)
@@ -79,9 +96,6 @@ def bench(
         code = _run(spec, output, console)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    except RuntimeError as error:  # growth's engine
-        console.print(f"[bold red]error:[/] {error}", soft_wrap=True)
-        raise typer.Exit(1) from error
     except KeyboardInterrupt:
         console.print("interrupted; the rows so far are kept, the same command goes on from here")
         raise typer.Exit(INTERRUPTED) from None
@@ -90,26 +104,33 @@ def bench(
     raise typer.Exit(code)
 
 
-def _checked(spec_file: Path, thresholds: Path | None) -> tuple[BenchSpec, Thresholds | None]:
-    """Both files, read and checked, with the prompts and the profile that the spec names."""
+def _checked(spec_file: Path, dtype: str | None, prompts: Path | None) -> BenchSpec:
+    """The spec, read and checked, with the prompts and the profile that it names."""
     from heterospec_vllm.bench.prompt_sets import check_files
-    from heterospec_vllm.bench.spec import load_spec, read_yaml
+    from heterospec_vllm.bench.spec import load_spec, with_prompt_files
     from heterospec_vllm.policy.profile import load_profile
 
     try:
-        spec = load_spec(spec_file)
+        spec = load_spec(spec_file, dtype)
+        if prompts is not None:
+            spec = with_prompt_files(spec, prompts)
         check_files(spec.prompts)
         if spec.profile is not None:
             load_profile(Path(spec.profile).expanduser())
     except ValueError as error:
         message = str(error).removeprefix("speculative_config.")  # where others have a `profile`
         raise typer.BadParameter(message, param_hint="SPEC.yaml") from error
-    if thresholds is None:
-        return spec, None
+    return spec
+
+
+def _limits(thresholds: Path | None) -> Thresholds | None:
+    from heterospec_vllm.bench.spec import read_yaml
     from heterospec_vllm.bench.thresholds import Thresholds
 
+    if thresholds is None:
+        return None
     try:
-        return spec, read_yaml(thresholds, Thresholds)
+        return read_yaml(thresholds, Thresholds)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--thresholds") from error
 
@@ -118,7 +139,6 @@ def _run(spec: BenchSpec, output: Path, console: Console) -> int:
     import psutil
 
     from heterospec_vllm.bench.environment import environment_of
-    from heterospec_vllm.bench.growth import run_growth
     from heterospec_vllm.bench.orchestrate import Bench
     from heterospec_vllm.bench.prompt_sets import PromptSets
     from heterospec_vllm.bench.spec import planned_cells
@@ -142,11 +162,6 @@ def _run(spec: BenchSpec, output: Path, console: Console) -> int:
                 spec, cells, prompts, output, environment, maker, console,
                 lambda: psutil.virtual_memory().available,
             ).run()  # fmt: skip
-    if spec.growth is not None:
-        run_growth(
-            target, name, head, spec.growth, output, environment, console,
-            engine_arguments={"dtype": spec.dtype},
-        )  # fmt: skip
     return code
 
 

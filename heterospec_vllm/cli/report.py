@@ -16,29 +16,41 @@ def report(
     folders: Annotated[
         list[Path], typer.Argument(metavar="FOLDER...", help="Results of `heterospec bench`.")
     ],
-    output: Annotated[Path, typer.Option(help="The page and its plots are written here.")],
-    simulation: Annotated[
-        Path | None, typer.Option(help="JSON of `heterospec simulate --json`.")
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="The page and its plots are written here. [required, but for `--readme`]"
+        ),
     ] = None,
     title: Annotated[str, typer.Option(help="Title of the page.")] = "heterospec benchmark",
     readme: Annotated[
-        Path | None,
+        bool,
         typer.Option(
-            help="Replace what lies between `<!-- bench:begin -->` and `<!-- bench:end -->` of "
-            "this file with the table and the plot."
+            "--readme",
+            help="Print one Markdown table of processors and requests at once, as the README has "
+            "it, and write nothing; of several runs on a machine name the older ones first.",
         ),
-    ] = None,
+    ] = False,
 ) -> None:
-    """Turn result folders into OUTPUT/report.html, PNG plots, table.md and summary.md.
+    """Turn result folders into OUTPUT/report.html, PNG plots and summary.md.
 
-    The page is one file without scripts or links to a network. Where answers differ from plain
-    decoding's no timing is shown; losses are listed first.
+    The page is one file without scripts or links to a network; summary.md is its text. Where
+    answers differ from plain decoding's no timing is shown; losses are listed first.
     """
-    require_extra("bench", "jinja2", "matplotlib", "pandas", "scipy")
+    require_extra("bench", "markdown_it", "matplotlib", "pandas", "scipy", "yaml")
+    from heterospec_vllm.bench.readme_table import readme_table
     from heterospec_vllm.bench.report import PAGE, write_report
 
     try:
-        write_report(folders, output, title, simulation, readme)
+        if readme:
+            print(readme_table(folders))
+            return
+        if output is None:
+            raise typer.BadParameter(
+                "found nothing, allowed: a folder for the page; only `--readme` needs none",
+                param_hint="--output",
+            )
+        write_report(folders, output, title)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     Console().print(f"report: {output / PAGE}")

@@ -2,39 +2,25 @@
 """Made-up benchmark results in the shape of real ones, for the report's tests.
 
 Two targets, temperatures 0 and 1, 1 to 64 requests at once, every kind of system, a failed cell, answers that differ,
-two groups of engines, servers, growth. `python tests/unit/report_rows.py FOLDER` writes them to look at.
+two groups of engines, servers. `python tests/unit/report_rows.py FOLDER` writes them to look at.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from heterospec_vllm.bench.rows import (
-    GROWTH,
-    PROMPTS,
-    ROWS,
-    Cell,
-    Environment,
-    Gate,
-    GrowthRow,
-    Prompt,
-    Row,
-    Serving,
-    append,
-)
+from heterospec_vllm.bench.rows import ROWS, Cell, Environment, Gate, Row, Serving, append
 
 ENVIRONMENT = Environment(
     commit="0123456789",
     versions={"python": "3.11.9", "vllm": "0.32.0+cpu", "torch": "2.13.0+cpu"},
     machine="made up, 2 cores seen",
     threads="0,1",
-    command="heterospec bench policies.yaml --output results",
+    command="heterospec bench ladder.yaml --output results",
 )
 TIME = "2026-11-23T10:00:00Z"
 SETS = ("mt_bench", "humaneval", "gsm8k", "alpaca", "sum")
@@ -82,17 +68,15 @@ def make_row(
     return Row(cell=Cell(**given), system=system, round=round_, group=group, **values)
 
 
-def write(folder: Path, records: Any, name: str = ROWS) -> Path:
+def write(folder: Path, rows: Iterable[Row]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    for record in records:
-        append(folder / name, record)
+    for row in rows:
+        append(folder / ROWS, row)
     return folder
 
 
 def everything(folder: Path, sizes: tuple[int, ...] = SIZES, sets: tuple[str, ...] = SETS) -> Path:
-    write(folder, [*offline(sizes, sets), *served()])
-    write(folder, prompts(), PROMPTS)
-    return write(folder, growth(), GROWTH)
+    return write(folder, [*offline(sizes, sets), *served()])
 
 
 def cells(sizes: tuple[int, ...], sets: tuple[str, ...]) -> Iterator[Cell]:
@@ -134,12 +118,8 @@ def _offline_row(cell: Cell, system: str, round_: int, group: int, drift: float)
     base = TARGETS[cell.target] * cell.concurrency**0.62 * drift
     gain = _gain(cell, system)
     seconds = tokens / (base * gain) * RNG.gauss(1, 0.012)
-    each = None
-    if cell.concurrency == 1:
-        weights = [_weight(cell, i, system) for i in range(cell.num_prompts)]
-        each = [seconds * w / sum(weights) for w in weights]
     return make_row(
-        **common, seconds=seconds, num_tokens=tokens, request_seconds=each,
+        **common, seconds=seconds, num_tokens=tokens,
         gate=gate if cell.temperature == 0 else None,
         counters=_counters(cell, system, tokens, seconds),
     )  # fmt: skip
@@ -154,16 +134,6 @@ def _gain(cell: Cell, system: str) -> float:
     sampled = 0.9 if cell.temperature else 1.0
     gain = first * of_set * deep * sampled / cell.concurrency**fall
     return max(gain, 0.97) if system == "marginal" else gain
-
-
-def _entropy(cell_set: str, index: int) -> float:
-    return 0.3 + 0.25 * SETS.index(cell_set) + 0.12 * index
-
-
-def _weight(cell: Cell, index: int, system: str) -> float:
-    """Share of a prompt in the time: where the target is sure, drafts are accepted."""
-    slope = 0.0 if system in ("plain", "off") else 0.35
-    return math.exp(slope * _entropy(cell.prompt_set, index)) * RNG.gauss(1, 0.03)
 
 
 def _counters(cell: Cell, system: str, tokens: int, seconds: float) -> dict[str, Any] | None:
@@ -195,16 +165,6 @@ def _counters(cell: Cell, system: str, tokens: int, seconds: float) -> dict[str,
         "seconds": {"target": seconds - sum(parts.values()), **parts},
         "seconds_off": 0.0 if nodes > 4 else 0.4 * seconds,
     }
-
-
-def prompts() -> Iterator[Prompt]:
-    for target in TARGETS:
-        for name in SETS:
-            for index in range(8):
-                yield Prompt(
-                    target=target, prompt_set=name, index=index, num_tokens=90,
-                    entropy=_entropy(name, index),
-                )  # fmt: skip
 
 
 def served() -> Iterator[Row]:
@@ -240,67 +200,5 @@ def _serving(tpot: float, busy: float, rate: float | None) -> Serving:
     )  # fmt: skip
 
 
-def growth() -> Iterator[GrowthRow]:
-    sweeps = {
-        "nodes": (1, 2, 4, 8, 16, 32, 63),
-        "requests": (1, 2, 4, 8, 16, 32, 64),
-        "context": (128, 256, 512, 1024, 2048, 4096),
-    }
-    for target, speed in TARGETS.items():
-        for sweep, values in sweeps.items():
-            for value in values:
-                point = {"nodes": 8, "requests": 4, "context": 256, sweep: value}
-                yield _growth_row(target, 43.0 / speed, sweep, value, point)
-
-
-def _growth_row(
-    target: str, factor: float, sweep: Any, value: int, point: dict[str, int]
-) -> GrowthRow:
-    rows = point["requests"] * (1 + point["nodes"])
-    attention = factor * 0.0004 * rows * point["context"] / 64
-    forward = factor * (14 + 0.28 * rows) + attention
-    spans = {
-        "match drafts": 0.15,
-        "tree layout": 0.2 + 0.003 * rows,
-        "target forward": forward,
-        "tree attention": attention,
-        "walk": 0.2 + 0.01 * rows,
-        "compaction": 0.2,
-        "counters": 0.05,
-        "learn": 0.1,
-        "draft: true tokens": 1.8 + 0.02 * rows,
-        "draft: levels": 2.2 + 0.05 * rows,
-        "draft": 4.4 + 0.08 * rows,
-        "execute_model": forward + 1.5,
-        "sample_tokens": 6 + 0.1 * rows,
-    }
-    return GrowthRow(
-        target=target, sweep=sweep, value=value, **point,
-        ms_per_step=spans["execute_model"] + spans["sample_tokens"] + 1.1,
-        ms_plain=factor * (14 + 0.28 * point["requests"]) + 2.0,
-        spans_ms=spans, attention_ms=attention / 30 + 0.02, vllm_attention_ms=attention / 22 + 0.02,
-        time=TIME, environment=ENVIRONMENT,
-    )  # fmt: skip
-
-
-def simulation() -> dict[str, Any]:
-    """As `heterospec simulate --json` prints it."""
-    gains = {
-        "chain k=3": (1.4, 0.2), "static 6 nodes, depth 2, top 4": (1.46, 0.34), "paper": (1.3, 0.4),
-        "marginal": (1.6, 0.16), "marginal, no profile": (1.58, 0.16), "oracle": (1.95, 0.2),
-        "plain": (1.0, 0.0),
-    }  # fmt: skip
-    result: dict[str, Any] = {}
-    for batch in (1, 4, 16):
-        ratios = {name: first / batch**fall for name, (first, fall) in gains.items()}
-        ratios["oracle"] = max(ratios.values())
-        result[str(batch)] = {
-            name: {"share_of_oracle": ratio / ratios["oracle"], "ratio_to_plain": ratio}
-            for name, ratio in ratios.items()
-        }
-    return result
-
-
 if __name__ == "__main__":
-    out = everything(Path(sys.argv[1]))
-    (out / "simulation.json").write_text(json.dumps(simulation()))
+    everything(Path(sys.argv[1]))

@@ -51,13 +51,37 @@ def test_a_dry_run_refuses_what_our_engine_would(tmp_path):
     assert "systems: 'chain k=20': found 'k=20', allowed: k=1..16" in output
 
 
+def test_dtype_and_prompts_are_arguments(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(command, "_run", lambda spec, *_: seen.append(spec) or 0)
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts" / "mine.jsonl").write_text('{"prompt": "x"}\n')
+    arguments = [
+        "--dtype",
+        "float32",
+        "--prompts",
+        tmp_path / "prompts",
+        "--output",
+        tmp_path / "out",
+    ]
+    code, output = invoke(spec_file(tmp_path), *arguments)
+    assert code == 0, output
+    assert seen[0].dtype == "float32" and list(seen[0].prompts) == ["mine"]
+    code, output = invoke(spec_file(tmp_path), "--dry-run", "--dtype", "fp8")
+    assert code == 2 and "dtype: found 'fp8', allowed: 'bfloat16', 'float16', 'float32'" in output
+
+
 @pytest.mark.parametrize(
     ("source", "content", "words"),
     [
         ("mine.jsonl", None, "prompts.mine: found no file "),
         ("mine.jsonl", "", "prompts.mine: "),
         ("mine.jsonl", '{"prompt": "x"}\n{"text": "y"}\n', "mine.jsonl, line 2: found "),
-        ("builtin:other", None, "found 'builtin:other', allowed: builtin, builtin:repetitive"),
+        (
+            "builtin:other",
+            None,
+            "found 'builtin:other', allowed: builtin, builtin:repetitive, builtin:long",
+        ),
     ],
 )
 @pytest.mark.parametrize("options", [["--dry-run"], ["--output"]])

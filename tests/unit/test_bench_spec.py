@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from heterospec_vllm.bench.growth_points import GrowthSpec
+from heterospec_vllm.bench.prompt_sets import check_files
 from heterospec_vllm.bench.spec import (
     BenchSpec,
     CellGroup,
@@ -17,6 +17,7 @@ from heterospec_vllm.bench.spec import (
     load_spec,
     read_yaml,
     system_of,
+    with_prompt_files,
 )
 from heterospec_vllm.bench.thresholds import Threshold, Thresholds
 from heterospec_vllm.config import HeteroSpecConfig
@@ -105,10 +106,6 @@ def refused(tmp_path, **changes) -> str:
         ),
         ({"goodput": {"ttft": "x"}}, "goodput.ttft: found 'x', allowed: a number$"),
         ({"schedule": [[1, 2]]}, "schedule.0.2: found nothing, allowed: a whole number$"),
-        ({"growth": 3}, "growth: found 3, allowed: a mapping or null$"),
-        ({"growth": {"step": 3}}, "growth.step: unknown key, allowed: nodes, requests, context, "),
-        ({"growth": {"fixed": {"node": 3}}}, "growth.fixed.node: unknown key, allowed: nodes, "),
-        ({"growth": {"nodes": [64]}}, "growth.nodes.0: found 64, allowed: .* from 1 to 63$"),
         ({"prompts": {"ours": 3}}, "yaml: prompts.ours: found 3, allowed: a text or a mapping$"),
         (
             {"prompts": {"ours": {"dataset": "random", "num": 3}}},
@@ -195,19 +192,16 @@ def test_a_file_that_is_no_mapping_is_named_in_one_line(tmp_path, content, words
     assert str(path) in str(raised.value) and "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("kind", [BenchSpec, CellGroup, GrowthSpec, Threshold])
+@pytest.mark.parametrize("kind", [BenchSpec, CellGroup, Threshold])
 def test_every_key_is_explained(kind):
     page = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text()
     for key in kind.model_fields:
         assert re.search(rf"^\|[^|]*`{key}`[^|]*\|", page, re.M), key
 
 
-def test_the_defaults_of_growth_and_cells_are_explained():
+def test_the_defaults_of_cells_are_explained():
     page = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text()
-    growth = GrowthSpec()
-    for default in (growth.nodes, growth.requests, growth.context):
-        assert f"`{default}`" in page
-    for key, value in (("steps", growth.steps), ("output_len", 64), ("temperature", "`[0.0]`")):
+    for key, value in (("output_len", 64), ("temperature", "`[0.0]`")):
         assert re.search(rf"^\| `{key}` \|.*\| {re.escape(str(value))} \|$", page, re.M), key
     assert CellGroup(concurrency=[1]).output_len == 64
 
@@ -218,3 +212,45 @@ def test_every_shipped_spec_is_listed():
     for path in (root / "benchmarks").glob("*.yaml"):
         if path.stem != "thresholds":
             assert re.search(rf"^\|[^|]*`{path.stem}`[^|]*\|", page, re.M), path.stem
+
+
+def test_anyone_can_run_every_shipped_spec():
+    for path in (Path(__file__).parents[2] / "benchmarks").glob("*.yaml"):
+        if path.stem != "thresholds":
+            spec = load_spec(path)
+            check_files(spec.prompts)
+            assert all(str(source).startswith("builtin") for source in spec.prompts.values())
+            assert spec.target is None and spec.profile is None
+
+
+def test_prompt_files_take_the_place_of_what_is_built_in(tmp_path):
+    for name in ("b", "a"):
+        (tmp_path / f"{name}.jsonl").write_text('{"prompt": "x"}\n')
+    spec = BenchSpec(
+        systems=["plain", "marginal"],
+        prompts={"ours": "builtin", "again": "builtin:repetitive"},
+        mixes={"half": ["again", "ours"]},
+        cells=[{"concurrency": [1], "prompts": ["ours", "half"]}, {"concurrency": [2]}],
+    )
+    found = with_prompt_files(spec, tmp_path)
+    assert found.prompts == {
+        "a": str(tmp_path / "a.jsonl"), "b": str(tmp_path / "b.jsonl"), "again": "builtin:repetitive",
+    }  # fmt: skip
+    assert found.mixes == {"half": ["again", "a", "b"], "mix": ["a", "b", "again"]}
+    assert [group.prompts for group in found.cells] == [["a", "b", "half"], "mix"]
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ([], "found no .*jsonl in "),
+        (["again"], "found a file 'again.jsonl', allowed: .* again, mix"),
+    ],
+)
+def test_a_folder_of_prompts_that_will_not_do_is_named(tmp_path, files, words):
+    for name in files:
+        (tmp_path / f"{name}.jsonl").write_text('{"prompt": "x"}\n')
+    prompts = {"ours": "builtin", "again": "builtin:repetitive"}
+    spec = BenchSpec(systems=["plain"], prompts=prompts)
+    with pytest.raises(ValueError, match=words):
+        with_prompt_files(spec, tmp_path)

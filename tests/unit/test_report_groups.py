@@ -18,5 +18,4 @@ def test_means_over_sets_where_groups_shared_a_round() -> None:
                 rows.append(make_row(gain * speed, system, round_, group, cell))
     table = speedups(summarise(rows_frame(("folder", row) for row in rows))).set_index("system")
     for system, gain in (("plain", 1.0), ("eagle3 k=1", 1.2), ("marginal", 1.5)):
-        ratio, low, high, cells = table.loc[system, ["ratio", "low", "high", "cells"]]
-        assert (ratio, low, high, cells) == pytest.approx((gain, gain, gain, 2))
+        assert table.loc[system, "ratio"] == pytest.approx(gain)
