@@ -75,11 +75,14 @@ def _run(llm, run) -> list:
 
 
 def _params(sampling_params_class, given: dict):
-    from vllm.sampling_params import StructuredOutputsParams
+    from vllm.sampling_params import RepetitionDetectionParams, StructuredOutputsParams
 
     given = dict(given)
-    if "regex" in given:
-        given["structured_outputs"] = StructuredOutputsParams(regex=given.pop("regex"))
+    for kind in ("regex", "choice", "json"):
+        if kind in given:
+            given["structured_outputs"] = StructuredOutputsParams(**{kind: given.pop(kind)})
+    if "repetition_detection" in given:
+        given["repetition_detection"] = RepetitionDetectionParams(**given["repetition_detection"])
     if "logit_bias" in given:
         given["logit_bias"] = {int(token): bias for token, bias in given["logit_bias"].items()}
     return sampling_params_class(**given)
