@@ -16,6 +16,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.utils.torch_utils import PIN_MEMORY
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.sample.logits_processor import build_logitsprocs
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
@@ -38,8 +39,9 @@ from heterospec_vllm.layers.linears_cpu import DISPATCH
 from heterospec_vllm.layers.op_choice import VLLMS, OpChoice, choose_op
 from heterospec_vllm.layers.op_timing import Heads
 from heterospec_vllm.runners.shared import SpeculatingRunner
+from heterospec_vllm.runners.thinking_budgets import RowBudgets
 from heterospec_vllm.timing import CLOCK
-from heterospec_vllm.verify.scorer_v1 import TreeScorer
+from heterospec_vllm.verify.scorer_v1 import TreeScorer, root_logits
 
 
 class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
@@ -53,15 +55,33 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
         self._arrival_seeds = ArrivalSeeds(self.model_config.seed)
         self._kv_caches_of_target: list[torch.Tensor] = []
         self._op_choice: OpChoice = VLLMS
-        # vLLM drops min_p and logit_bias as soon as a speculative config exists; the walk samples with vLLM's
-        # own sampler row by row, so the full set is right for it.
-        self.input_batch.logitsprocs = build_logitsprocs(
-            without_speculation(vllm_config),
-            device,
+        self._sample_as_without_speculation()
+
+    def _sample_as_without_speculation(self) -> None:
+        """What vLLM's sampler applies to a row: the walk samples one row a request, in the order of the batch.
+
+        With a speculative config vLLM builds no logits processors for min_p and logit_bias, and its holder of
+        thinking budgets takes a request's row to be the sum of the draft counts before it.
+        """
+        batch = self.input_batch
+        batch.logitsprocs = build_logitsprocs(
+            without_speculation(self.vllm_config),
+            self.device,
             PIN_MEMORY,
             self.is_pooling_model,
             (),
         )
+        reasoning = self.vllm_config.reasoning_config
+        if reasoning is not None:
+            batch.thinking_budget_state_holder = RowBudgets(
+                reasoning, self.max_num_reqs, self.device
+            )
+
+    def may_reinitialize_input_batch(self, kv_cache_config: KVCacheConfig) -> None:
+        batch = self.input_batch
+        super().may_reinitialize_input_batch(kv_cache_config)
+        if self.input_batch is not batch:
+            self._sample_as_without_speculation()
 
     def load_model(self, load_dummy_weights: bool = False) -> None:
         with DISPATCH.while_loading() if self._config.packed_linears else nullcontext():
@@ -238,6 +258,13 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
             return super()._bookkeeping_sync(*args, **kwargs)
         finally:
             generators.update(hidden)
+
+    def _get_nans_in_logits(self, logits: torch.Tensor | None) -> dict[str, int]:
+        """vLLM takes a request's place in the batch for its row, so it gets one row a request: the root's."""
+        trees = self._step.trees
+        if logits is not None and trees is not None:
+            logits = logits[torch.from_numpy(root_logits(trees.num_nodes))]
+        return super()._get_nans_in_logits(logits)
 
     def _target_kv_caches(self) -> list[torch.Tensor]:
         if not self._kv_caches_of_target:

@@ -75,8 +75,7 @@ class TreeScorer:
         without speculation. Where tokens follow from logits, temperature, top-k and top-p, the whole walk is one
         call; otherwise vLLM's sampler runs once a depth.
         """
-        first_row = np.zeros(trees.num_reqs, dtype=np.int64)
-        np.cumsum(trees.num_nodes[:-1] + 1, out=first_row[1:])
+        first_row = root_logits(trees.num_nodes)
         if self._reads_logits_alone(sampling_metadata):
             walked = walk_logits(trees, logits, first_row, sampling_metadata)
             return walked, _sampler_output(walked, None)
@@ -137,6 +136,15 @@ class TreeScorer:
                 isa=isa,
             )
         return moves
+
+
+def root_logits(
+    num_nodes: Ints,  # [num_reqs]
+) -> Ints:
+    """[num_reqs] each root's row of the logits; those of its nodes follow."""
+    first_row = np.zeros(num_nodes.size, dtype=np.int64)
+    np.cumsum(num_nodes[:-1] + 1, out=first_row[1:])
+    return first_row
 
 
 def argmax_rows(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -11,10 +11,10 @@ from vllm import SamplingParams
 from vllm.config.reasoning import ReasoningConfig
 from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 
-from heterospec_vllm.runners.step import Step
+from heterospec_vllm.engine.step import Step
 from heterospec_vllm.runners.thinking_budgets import RowBudgets
 from heterospec_vllm.runners.v1 import HeteroSpecCPUModelRunner
-from heterospec_vllm.tree import DraftTrees
+from heterospec_vllm.tree.trees import DraftTrees
 
 
 @pytest.mark.parametrize("num_nodes", [None, [0, 0, 0], [3, 0, 2]])
