@@ -21,7 +21,7 @@ from heterospec_vllm.tree.trees import DraftTrees
 def test_nans_are_counted_for_the_request_that_has_them(num_nodes: list[int] | None) -> None:
     runner = object.__new__(HeteroSpecCPUModelRunner)
     runner.input_batch = SimpleNamespace(req_id_to_index={"a": 0, "b": 1, "c": 2})
-    runner._step = Step({})
+    runner._step = Step()
     counts = [0, 0, 0] if num_nodes is None else num_nodes
     if num_nodes is not None:
         runner._step.trees = replace(DraftTrees.empty(3), num_nodes=np.array(num_nodes))
