@@ -10,6 +10,8 @@ from __future__ import annotations
 import time
 from contextlib import AbstractContextManager
 
+import numpy as np
+
 from heterospec_vllm.arrays import Ints
 from heterospec_vllm.draft.base import Draft, Drafted, Drafter, StepOutput
 from heterospec_vllm.engine.ledger import StepLedger, StepSize
@@ -88,7 +90,13 @@ class Controller:
             walked.rows,
             temperatures,
         )
-        self.policy.observe_nodes(NodeFeatures(*features), accepted)
+        nodes = NodeFeatures(*features)
+        if walked.stopped is not None and walked.stopped.any():
+            # What lies behind a stop was not looked at.
+            depths = np.where(walked.stopped, walked.num_emitted, trees.max_depth + 1)
+            tested = nodes.depths < np.repeat(depths, trees.num_nodes)
+            nodes, accepted = nodes[tested], accepted[tested]
+        self.policy.observe_nodes(nodes, accepted)
 
     def draft(
         self,

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from heterospec_vllm.policy.profile import load_profile
 from heterospec_vllm.replay.recorders import CostRecorder, TracePolicy, TraceRecorder
 from heterospec_vllm.runners.measure import measure_costs
 from heterospec_vllm.timing import CLOCK
+from heterospec_vllm.verify.stops import Stops
 
 logger = init_logger(__name__)
 
@@ -54,6 +55,7 @@ class SpeculatingRunner:
 
     model_config: ModelConfig
     scheduler_config: SchedulerConfig
+    max_model_len: int
 
     def start_speculation(self, vllm_config: VllmConfig, drafter: TreeDrafter) -> None:
         """To be called once, after vLLM's constructor."""
@@ -184,6 +186,22 @@ class SpeculatingRunner:
         with CLOCK.span("publish"):
             if self._metrics is not None:
                 self._metrics.publish(self.counters)
+
+    def _stops(
+        self,
+        req_ids: list[str],
+        num_prompt_tokens: Ints,  # [num_reqs]
+        num_tokens: Ints,  # [num_reqs] of prompts and outputs, before the step
+        outputs_of: Callable[[int], list[int]],
+    ) -> Stops:
+        """Where the requests of the step stop, in its order."""
+        return Stops(
+            params=[self._request(req_id).sampling_params for req_id in req_ids],
+            num_outputs=num_tokens - num_prompt_tokens,
+            num_tokens=num_tokens,
+            max_model_len=self.max_model_len,
+            outputs_of=outputs_of,
+        )
 
     # ---- who is drafted for
 

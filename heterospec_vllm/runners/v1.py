@@ -42,6 +42,7 @@ from heterospec_vllm.runners.shared import SpeculatingRunner
 from heterospec_vllm.runners.thinking_budgets import RowBudgets
 from heterospec_vllm.timing import CLOCK
 from heterospec_vllm.verify.scorer_v1 import TreeScorer, root_logits
+from heterospec_vllm.verify.stops import Stops, repeats
 
 
 class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
@@ -215,7 +216,9 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
                 return self.scorer.sample_plain(logits, metadata)
         assert step.root_rows is not None and logits is not None
         with CLOCK.span("walk"):
-            step.walked, output = self.scorer.walk(step.trees, logits, metadata)
+            step.walked, output = self.scorer.walk(
+                step.trees, logits, metadata, self._batch_stops()
+            )
         slot_mapping = self.input_batch.block_table[self.drafter.kv_cache_gid].slot_mapping.gpu
         with CLOCK.span("compaction"):
             moves = self.scorer.compact(
@@ -226,6 +229,15 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
         with CLOCK.span("learn"):
             self.controller.learn(step.trees, step.walked, self._temperatures())
         return output
+
+    def _batch_stops(self) -> Stops:
+        batch, num_reqs = self.input_batch, self.input_batch.num_reqs
+        return self._stops(
+            batch.req_ids,
+            batch.num_prompt_tokens[:num_reqs].astype(np.int64),
+            batch.num_tokens_no_spec[:num_reqs].astype(np.int64),
+            lambda req: self.requests[batch.req_ids[req]].output_token_ids,
+        )
 
     def _temperatures(self) -> Ints:
         """[num_reqs] 0 for greedy requests, 1 for sampled ones; in the order of the step's batch."""
@@ -307,10 +319,16 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
     ) -> list[list[int]]:
         with CLOCK.span("draft"):
             req_ids = self.input_batch.req_ids
-            outputs = [self.requests[req_id].output_token_ids for req_id in req_ids]
+            requests = [self.requests[req_id] for req_id in req_ids]
+            outputs = [request.output_token_ids for request in requests]
+            # No draft for a request that has just stopped: a session would keep it.
+            emitted = [
+                0 if repeats(request.sampling_params, request.output_token_ids) else len(tokens)
+                for request, tokens in zip(requests, sampled_token_ids, strict=True)
+            ]
             demand = self._demand(
                 req_ids,
-                map(len, sampled_token_ids),
+                emitted,
                 [len(tokens) for tokens in outputs],
                 self._prompt_left(),
                 [tokens[-1] if tokens else None for tokens in outputs],

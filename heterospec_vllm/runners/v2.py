@@ -31,6 +31,7 @@ from heterospec_vllm.plugin.head import load as head_config
 from heterospec_vllm.runners.shared import SpeculatingRunner, logger
 from heterospec_vllm.timing import CLOCK
 from heterospec_vllm.verify.scorer_v2 import DeviceScorer
+from heterospec_vllm.verify.stops import Stops
 
 
 class HeteroSpecGPUModelRunner(SpeculatingRunner, GPUModelRunner):
@@ -86,6 +87,10 @@ class HeteroSpecGPUModelRunner(SpeculatingRunner, GPUModelRunner):
     def add_requests(self, scheduler_output: SchedulerOutput) -> None:
         super().add_requests(scheduler_output)
         for request in scheduler_output.scheduled_new_reqs:
+            before = self._requests.get(request.req_id)
+            if before is not None and before.sampling_params != request.sampling_params:
+                # A session's next input, which is judged like a new request.
+                self._forget(request.req_id)
             self._requests[request.req_id] = request
 
     def _remove_request(self, req_id: str) -> bool:
@@ -133,10 +138,24 @@ class HeteroSpecGPUModelRunner(SpeculatingRunner, GPUModelRunner):
             ends = batch.query_start_loc_np[1 : batch.num_reqs + 1].astype(np.int64)
             step.root_rows = ends - step.trees.num_nodes - 1
             self.scorer.trees = step.trees
+            self.scorer.stops = self._batch_stops(batch, step.root_rows)
             if not step.trees.is_chain.all():
                 # vLLM sorts requests with drafts to the front; a chain among trees is a tree, too.
                 step.num_masked_reqs = int((step.trees.num_nodes > 0).sum())
         return batch
+
+    def _batch_stops(self, batch: InputBatch, root_rows: Ints) -> Stops:
+        """Where requests stop; only those with trees are asked for, whose roots are their latest tokens."""
+        starts = batch.query_start_loc_np[: batch.num_reqs]
+        num_tokens = batch.num_computed_tokens_np + (root_rows - starts) + 1
+        states = self.req_states
+        prompt_lens = states.prompt_len.np[batch.idx_mapping_np].astype(np.int64)
+
+        def outputs_of(req: int) -> list[int]:
+            state = batch.idx_mapping_np[req]
+            return states.all_token_ids.gpu[state, prompt_lens[req] : num_tokens[req]].tolist()
+
+        return self._stops(batch.req_ids, prompt_lens, num_tokens, outputs_of)
 
     def _place_drafts(self, verified: dict[str, list[int]]) -> None:
         """The nodes of each tree where vLLM reads a request's draft tokens."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from heterospec_vllm.kernels.reference import cpu as reference
 from heterospec_vllm.timing import CLOCK
 from heterospec_vllm.tree.trees import DraftTrees
 from heterospec_vllm.verify.compact import KVMoves, plan_moves
+from heterospec_vllm.verify.stops import Stops
 from heterospec_vllm.verify.walk import Walk, walk
 
 logger = init_logger(__name__)
@@ -68,8 +70,9 @@ class TreeScorer:
         trees: DraftTrees,
         logits: torch.Tensor,  # [num_logits, vocab_size], each request's root and nodes in row order
         sampling_metadata: SamplingMetadata,
+        stops: Stops | None = None,
     ) -> tuple[Walk, SamplerOutput]:
-        """Walk the batch with the target's own samples; the output has vLLM's padded spec-decode form.
+        """Walk the batch with the target's own samples up to where requests stop, in vLLM's padded spec-decode form.
 
         Only visited rows are looked at, and a seeded request draws exactly one seed for every token it emits, as
         without speculation. Where tokens follow from logits, temperature, top-k and top-p, the whole walk is one
@@ -77,7 +80,7 @@ class TreeScorer:
         """
         first_row = root_logits(trees.num_nodes)
         if self._reads_logits_alone(sampling_metadata):
-            walked = walk_logits(trees, logits, first_row, sampling_metadata)
+            walked = walk_logits(trees, logits, first_row, sampling_metadata, stops)
             return walked, _sampler_output(walked, None)
         levels: list[_SampledLevel] = []
 
@@ -86,7 +89,7 @@ class TreeScorer:
             levels.append(level)
             return level.tokens
 
-        walked = walk(trees, sample)
+        walked = walk(trees, sample, None if stops is None else stops.have_stopped)
         return walked, _sampler_output(walked, _stitch_logprobs(walked, levels))
 
     def _sample_level(
@@ -158,6 +161,7 @@ def walk_logits(
     logits: torch.Tensor,  # [num_logits, vocab_size]
     first_row: Ints,  # [num_reqs] the root's row of the logits
     metadata: SamplingMetadata | None = None,  # None: all are greedy
+    stops: Stops | None = None,
 ) -> Walk:
     """`verify.walk` where :func:`is_plain` holds; one call where the library is there."""
     greedy = metadata is None or metadata.all_greedy
@@ -168,28 +172,24 @@ def walk_logits(
             lambda reqs, rows, _: argmax_rows(
                 logits, torch.from_numpy(first_row[reqs] + rows)
             ).numpy(),
+            None if stops is None else stops.have_stopped,
         )
     first, parents, tokens = map(torch.from_numpy, (first_row, trees.parents, trees.tokens))
     width = trees.max_depth + 1
-    with CLOCK.span("sampling"):
-        if greedy:
-            walked = walk_cpu(logits, first, parents, tokens, width)
-            return Walk(*(values.numpy() for values in walked))
+    seeds = None
+    sampling: tuple[Any, ...] = ()
+    if not greedy:
         assert metadata is not None and metadata.temperature is not None
         seeds = _Seeds(trees.num_reqs, width, metadata.generators)
-        walked = walk_cpu(
-            logits,
-            first,
-            parents,
-            tokens,
-            width,
-            metadata.temperature,
-            seeds.values,
-            metadata.top_k,
-            metadata.top_p,
-        )
-        seeds.give_back(walked[2])
-    return Walk(*(values.numpy() for values in walked))
+        sampling = (metadata.temperature, seeds.values, metadata.top_k, metadata.top_p)
+    with CLOCK.span("sampling"):
+        found = walk_cpu(logits, first, parents, tokens, width, *sampling)
+        walked = Walk(*(values.numpy() for values in found))
+        if stops is not None:
+            walked = stops.cut(walked)
+        if seeds is not None:
+            seeds.give_back(walked.num_emitted)
+    return walked
 
 
 @cache
@@ -223,7 +223,7 @@ class _Seeds:
 
     def give_back(
         self,
-        used: torch.Tensor,  # [num_reqs]
+        used: Ints,  # [num_reqs]
     ) -> None:
         width = self.values.shape[1]
         for req, state in self._states.items():

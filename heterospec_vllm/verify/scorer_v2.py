@@ -6,7 +6,7 @@ Launches per step beside vLLM's own: two for sampling and walking, one for compa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from heterospec_vllm.kernels.gpu.tree_verify import tree_verify
 from heterospec_vllm.kernels.reference.tree_verify import SamplingKeys, TreeBatch, TreeWalks
 from heterospec_vllm.tree.trees import DraftTrees
 from heterospec_vllm.verify.compact import plan_moves
+from heterospec_vllm.verify.stops import Stops
 from heterospec_vllm.verify.walk import Walk
 
 _LOGIT_MODES = ("raw_logits", "processed_logits")
@@ -38,11 +39,12 @@ class _Scored:
 
 
 class DeviceScorer:
-    """Stands in for vLLM's rejection sampler; the runner names the step's trees before."""
+    """Stands in for vLLM's rejection sampler; the runner names the step's trees, and where requests stop, before."""
 
     def __init__(self, sampler: Sampler) -> None:
         self.sampler = sampler
         self.trees: DraftTrees | None = None
+        self.stops: Stops | None = None
         self._scored: _Scored | None = None
 
     def __call__(
@@ -78,7 +80,7 @@ class DeviceScorer:
             TreeWalks.allocate(input_batch.num_reqs, self.trees.max_depth, logits.device),
             apply_temperature=False,
         )
-        self._scored = _Scored(walks, _to_host(walks))
+        walks = self._keep(walks)
         processed_mode = sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES
         logprobs = self._logprobs(processed if processed_mode else logits, input_batch)
         # Rows of an unfinished prompt emit nothing.
@@ -96,6 +98,16 @@ class DeviceScorer:
             num_sampled=num_sampled,
             num_rejected=num_rejected,
         )
+
+    def _keep(self, walks: TreeWalks) -> TreeWalks:
+        """The step's walks up to where requests stop; nothing is written on the device where none does inside."""
+        walked = _to_host(walks)
+        kept = walked if self.stops is None else self.stops.cut(walked)
+        if kept is not walked:
+            num_sampled = torch.from_numpy(kept.num_emitted).to(walks.num_sampled)
+            walks = replace(walks, num_sampled=num_sampled)
+        self._scored = _Scored(walks, kept)
+        return walks
 
     def _logprobs(self, logits: torch.Tensor, input_batch: InputBatch) -> LogprobsTensors | None:
         """Of the emitted tokens only, each from the row where it was emitted."""

@@ -55,6 +55,28 @@ def make_head(folder: Path, target: Path, taps: tuple[int, int, int] = (1, 2, 4)
     return _save(folder, config, weights)
 
 
+def make_tokenizer(folder: Path, vocab_size: int) -> Path:
+    """Beside a model: token 5 is the word `<5>`, so no token is a part of another."""
+    words = {f"<{index}>": index for index in range(vocab_size)}
+    model = {"type": "WordLevel", "vocab": words, "unk_token": "<0>"}
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "post_processor": None,
+        "decoder": None,
+        "model": model,
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"})
+    )
+    return folder
+
+
 def _layer(prefix: str, qkv_input: int) -> dict[str, torch.Tensor]:
     def random(rows: int, columns: int) -> torch.Tensor:
         return torch.randn(rows, columns) / columns**0.5

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from vllm import SamplingParams
 from vllm.platforms import current_platform
 from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.metadata import SamplingMetadata
@@ -16,6 +17,7 @@ from heterospec_vllm.kernels.cpu.library import is_available
 from heterospec_vllm.tree.trees import DraftTrees
 from heterospec_vllm.verify import scorer_v1 as scorer_module
 from heterospec_vllm.verify.scorer_v1 import TreeScorer, draws_as_vllm, is_plain
+from heterospec_vllm.verify.stops import Stops
 
 pytestmark = pytest.mark.skipif(
     not (current_platform.is_cpu() and is_available()), reason="the kernel is a CPU's"
@@ -127,6 +129,38 @@ def test_a_walk_draws_as_many_seeds_as_it_emits(monkeypatch) -> None:
             lengths.add(int(one_call.num_emitted[req]))
         np.testing.assert_array_equal(output.sampled_token_ids.numpy(), one_call.tokens)
     assert lengths == {1, 2, 3, 4}
+
+
+def test_a_walk_that_stops_inside_draws_no_seed_behind_the_stop(monkeypatch) -> None:
+    """Each generator is where as many single draws as there are emitted tokens leave it, by both ways to walk."""
+    ours = TreeScorer(Sampler())
+    params = [SamplingParams(max_tokens=n, stop_token_ids=[2]) for n in (1, 2, 100)]
+    inside = 0
+    for seed in range(30):
+        draw = torch.Generator().manual_seed(seed)
+        logits = torch.randn((12, 6), generator=draw)
+        trees = _chain(torch.randint(0, 6, (3, 3), generator=draw).tolist())
+        for req in range(3):
+            logits[4 * req + torch.arange(3), torch.from_numpy(trees.tokens[req])] += 4.0
+        outputs = np.zeros(3, dtype=np.int64)
+        stops = Stops(params, outputs, outputs + 5, 100, lambda _: [])
+        whole, _ = ours.walk(trees, logits, metadata([1.0] * 3, dict.fromkeys(range(3), seed)))
+        for alone in (True, False):
+            given = metadata([1.0] * 3, dict.fromkeys(range(3), seed))
+            with monkeypatch.context() as patch:
+                if not alone:
+                    patch.setattr(TreeScorer, "_reads_logits_alone", lambda *_: False)
+                walked, output = ours.walk(trees, logits, given, stops)
+            expected = stops.cut(whole)
+            np.testing.assert_array_equal(walked.tokens, expected.tokens)
+            np.testing.assert_array_equal(output.sampled_token_ids.numpy(), walked.tokens)
+            for req, count in enumerate(walked.num_emitted.tolist()):
+                fresh = torch.Generator().manual_seed(seed)
+                for _ in range(count):
+                    torch.randint(0, 2**31, (1,), generator=fresh)
+                assert torch.equal(fresh.get_state(), given.generators[req].get_state())
+        inside += int((expected.num_emitted < whole.num_emitted).sum())
+    assert inside > 30
 
 
 @pytest.mark.parametrize(
