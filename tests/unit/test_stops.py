@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from made_up_trees import from_parents
 from vllm import SamplingParams
 from vllm.sampling_params import RepetitionDetectionParams
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -72,7 +73,7 @@ def _walk(emitted: list[list[int]]) -> Walk:
 
 
 def _chains(rng: random.Random, num_reqs: int, length: int = 4) -> DraftTrees:
-    return DraftTrees.from_parents(
+    return from_parents(
         np.array([[rng.randrange(VOCAB) for _ in range(length)] for _ in range(num_reqs)]),
         np.tile(np.arange(length), (num_reqs, 1)),
         np.zeros((num_reqs, length), dtype=np.int64),
