@@ -246,6 +246,8 @@ def read_json_object(path: Path, field: str) -> dict[str, Any]:
         found = "bytes that are not UTF-8 text"
     except json.JSONDecodeError as error:
         found = f"invalid JSON ({error})"
+    except RecursionError:
+        found = "brackets nested too deeply"
     except ValueError as error:
         found = str(error)
     else:

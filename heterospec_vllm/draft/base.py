@@ -63,6 +63,10 @@ class Drafter(Protocol):
 
     max_num_tokens: int  # of one pass
 
+    @property
+    def most_children(self) -> int:
+        """Tokens that the source chooses from: no node can have more children."""
+
     def propose_trees(self, policy: DraftPolicy, scope: Scope, step: StepOutput) -> Drafted:
         """Bring the source up to date with a step's tokens, then draft a tree for whom ``scope`` says."""
 
@@ -74,6 +78,9 @@ class Drafter(Protocol):
 
     def silent(self) -> AbstractContextManager[None]:
         """Dummy runs of the target leave the drafter out: they are timed."""
+
+    def weights_changed(self) -> None:
+        """Weights of the source, or of the target that it shares, were loaded again: copies are made anew."""
 
     def remove(self, req_id: str) -> None:
         """A request has left the engine."""

@@ -72,6 +72,11 @@ class EagleDrafterV1(TreeDrafter, EagleProposer):
         if self._fused is not None:
             self.time_pass(1)
 
+    def weights_changed(self) -> None:
+        super().weights_changed()
+        self.__dict__.pop("_fused", None)
+        self.prepare()
+
     def _fused_for(self, num_rows: int) -> FusedHead | None:
         return self._fused if num_rows <= MAX_ROWS else None
 
@@ -183,7 +188,7 @@ class EagleDrafterV1(TreeDrafter, EagleProposer):
             first_row=0,
             tail_index=rows.int()[:, None],
         )
-        self._top_children(normed, 8)
+        self._top_children(normed, min(8, self.most_children))
 
     def _top_children(
         self,

@@ -109,10 +109,19 @@ class TreeDrafter:
     def prepare(self) -> None:
         """What the first draft would otherwise have to wait for; called at the engine's start."""
 
+    def weights_changed(self) -> None:
+        """Weights of the head, or of the target that it shares, were loaded again: copies are made anew."""
+        self.__dict__.pop("_fuse_taps", None)
+
+    @property
+    def most_children(self) -> int:
+        """Tokens that the head chooses from: no node can have more children."""
+        return self.model.logits_processor.org_vocab_size
+
     def time_pass(self, num_rows: int) -> None:
         """What a level of so many rows takes, on dummy inputs and without attention."""
         normed, _ = self._run_head(num_rows, None, {})
-        self._top_children(normed, 8)
+        self._top_children(normed, min(8, self.most_children))
 
     # ---- a draft
 

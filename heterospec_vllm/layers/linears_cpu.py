@@ -9,12 +9,14 @@ not depend on how many rows there are.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from vllm.logger import init_logger
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
 from heterospec_vllm.kernels.cpu import packed_linear
 from heterospec_vllm.kernels.cpu.library import (
@@ -34,6 +36,9 @@ _WORTH = {
     "avx512": (torch.float32, torch.bfloat16),
     "avx2": (torch.float32, torch.bfloat16),
 }
+
+# Set on a layer that was loaded for us.
+_OURS = "_heterospec_packed"
 
 _library = torch.library.Library("heterospec", "DEF")
 _library.define("packed_linear(Tensor rows, Tensor packed, Tensor? bias) -> Tensor")
@@ -65,6 +70,40 @@ def _packed_linear(
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
+# Models whose loading goes on now, one inside another.
+_num_loading = 0
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """The linear layers of models that are loaded meanwhile are ours, now and whenever they are loaded again.
+
+    Raises ValueError where vLLM's dispatch cannot be wrapped.
+    """
+    global _num_loading
+    reason = DISPATCH.reason()
+    if reason is not None:
+        raise ValueError(f"heterospec: {reason}")
+    DISPATCH.apply()
+    _num_loading += 1
+    try:
+        yield
+    finally:
+        _num_loading -= 1
+
+
+@torch.no_grad()
+def renew_embeddings(model: Any) -> None:
+    """Drops the packed copies of embeddings and output weights after a model's weights were loaded again.
+
+    An output weight that is the embedding's is not loaded again, so vLLM keeps the copy that its product made of it.
+    """
+    for layer in model.modules():
+        method = getattr(layer, "quant_method", None)
+        if isinstance(method, UnquantizedEmbeddingMethod) and not layer.weight.is_meta:
+            method.process_weights_after_loading(layer)
+
+
 def packed_weight(layer: Any) -> torch.Tensor | None:
     """A layer's weight as `pack_weight` left it, if the layer goes through our product."""
     is_ours = getattr(layer, "cpu_linear", None) is _packed_linear
@@ -73,6 +112,10 @@ def packed_weight(layer: Any) -> torch.Tensor | None:
 
 def _wrap_dispatch(original: Callable[..., None]) -> Callable[..., None]:
     def dispatch_cpu_unquantized_gemm(layer: Any, remove_weight: bool) -> None:
+        if not _num_loading and not getattr(layer, _OURS, False):
+            return original(layer, remove_weight)
+        # Its weight has this layout from now on, so a reload must pack it, too, whoever starts one.
+        setattr(layer, _OURS, True)
         reason = _misfit(layer)
         if reason is not None:
             logger.debug("heterospec: a linear layer goes through vLLM's product: %s", reason)
@@ -106,7 +149,7 @@ def _misfit(layer: Any) -> str | None:
     return reason
 
 
-# Applied while our runner loads its models only.
+# Applied when our runner first loads a model; layers of other models go to vLLM's.
 DISPATCH = Wrap(
     module="vllm.model_executor.layers.utils",
     owner=None,

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The EAGLE-3 head as its config.json describes it, and whether it fits a target."""
 
+import copy
 import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from pydantic import ValidationError
 
 from heterospec_vllm.config import read_json_object
 from heterospec_vllm.plugin.checks import CPU_HEAD_SIZES, EngineFacts, head_size_allowed
+from heterospec_vllm.plugin.head_schema import HeadConfig, allowed_at, contradictions
+from heterospec_vllm.plugin.weights_header import shown, weight_files
 
 # Heads that are one vLLM EAGLE-3 decoder over tap states of the target.
 ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "Eagle3Qwen3ForCausalLM")
@@ -18,86 +21,129 @@ ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "Eagle3Qwen
 _UNMARKED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen3ForCausalLM")
 # Keys that a config of the speculators library holds outside its decoder's config.
 _SPECULATORS_KEYS = ("draft_vocab_size", "target_hidden_size", "eagle_aux_hidden_state_layer_ids")
-_NUM_DEFAULT_TAPS = 3
+# Those of its flags that vLLM takes from there only, and their defaults.
+_SPECULATORS_FLAGS = {
+    "norm_before_residual": True,
+    "norm_before_fc": False,
+    "fc_norm": False,
+    "norm_output": False,
+}
+_SPECULATORS_ARCHITECTURES = {
+    "llama": "Eagle3LlamaForCausalLM",
+    "qwen3": "Eagle3Qwen3ForCausalLM",
+}
+# What transformers takes for a key that is missing.
+_DEFAULTS = {
+    "llama": {"intermediate_size": 11008},
+    "qwen3": {"intermediate_size": 22016, "num_key_value_heads": 32, "head_dim": 128},
+}
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
-_FIELD = "speculative_config.model"
-
-
-class _TapConfig(BaseModel):
-    """The `eagle_config` of a head's config.json."""
-
-    use_aux_hidden_state: bool = True
-    eagle_aux_hidden_state_layer_ids: list[int] | None = None
-
-
-class HeadConfig(BaseModel):
-    """The keys of a head's config.json that must fit the target, under vLLM's names."""
-
-    model_config = ConfigDict(frozen=True)
-
-    architectures: list[str] = []
-    hidden_size: PositiveInt
-    vocab_size: PositiveInt
-    num_attention_heads: PositiveInt
-    head_dim: PositiveInt | None = None
-    draft_vocab_size: PositiveInt | None = None
-    target_hidden_size: PositiveInt | None = None
-    num_aux_hidden_states: PositiveInt | None = None
-    layer_types: list[str] | None = None
-    eagle_aux_hidden_state_layer_ids: list[int] | None = None
-    eagle_config: _TapConfig = _TapConfig()
+FIELD = "speculative_config.model"
 
 
 def load(model: str) -> HeadConfig:
     """The config of a head in a local folder or, through transformers, on the hub.
 
-    Raises ValueError where there is none, it is no EAGLE-3 head, or the folder has no weights.
+    Raises ValueError where there is none, it is no EAGLE-3 head, or vLLM could not read it.
     """
     if not os.path.isdir(model):
-        return parse(_hub_config(model))
-    folder = Path(model)
-    head = parse(read_json_object(folder / "config.json", _FIELD))
-    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-        raise ValueError(
-            f"{_FIELD}: found no weights in {folder}, allowed: a folder with *.safetensors or *.bin"
-        )
-    return head
+        return parse(_hub_config(model), model)
+    path = Path(model) / "config.json"
+    return parse(read_json_object(path, FIELD), str(path))
 
 
-def parse(config: Mapping[str, Any]) -> HeadConfig:
+def parse(config: Mapping[str, Any], source: str = "the head's config.json") -> HeadConfig:
     """A head from its `config.json`, in vLLM's own or in the speculators library's format.
 
     vLLM knows the latter by its key `speculators_config`.
 
-    Raises ValueError where it is no EAGLE-3 head, or a key is missing or of the wrong type.
+    Raises ValueError where it is no EAGLE-3 head, or a key is missing, of the wrong type or out of range.
     """
     kind = config.get("speculators_model_type")
     if kind not in (None, "eagle3"):
-        raise ValueError(f"{_FIELD}: found a speculators head of type {kind!r}, allowed: 'eagle3'")
+        raise _fault(f"a speculators head of type {shown(kind)}", source, "'eagle3'")
     if kind == "eagle3" and isinstance(config.get("speculators_config"), Mapping):
-        decoder = config.get("transformer_layer_config")
-        outside = {key: config[key] for key in _SPECULATORS_KEYS if key in config}
-        config = {**(decoder if isinstance(decoder, Mapping) else {}), **outside}
-    elif not _is_eagle3(config):
-        raise ValueError(
-            f"{_FIELD}: found the architectures {config.get('architectures')}, "
-            f"allowed: {', '.join(ARCHITECTURES)} or a speculators eagle3 head"
-        )
+        content = _of_speculators(config, source)
+    elif _is_eagle3(config):
+        content = {**_defaults(config), **config}
+    else:
+        allowed = f"{', '.join(ARCHITECTURES)} or a speculators eagle3 head"
+        raise _fault(f"the architectures {shown(config.get('architectures'))}", source, allowed)
+    kept = {key: value for key, value in content.items() if key in HeadConfig.model_fields}
+    for rope in (kept.get("rope_scaling"), kept.get("rope_parameters")):
+        if isinstance(rope, Mapping) and any(isinstance(v, dict) for v in rope.values()):
+            raise _fault("rope parameters by layer type", source, "one for all layers")
+        if isinstance(rope, Mapping) and "rope_theta" in rope:
+            kept.pop("rope_theta", None)  # transformers does not look at it then
+    if kept.get("eagle_config", 0) is None:
+        del kept["eagle_config"]
     try:
-        return HeadConfig.model_validate(config)
+        head = HeadConfig.model_validate({**kept, "source": source})
     except ValidationError as error:
-        raise ValueError("\n".join(map(_sentence, error.errors()))) from None
+        raise ValueError(_sentence(error.errors()[0], source)) from None
+    fault = next(contradictions(head), None)
+    if fault is not None:
+        raise _fault(fault[0], source, fault[1])
+    if kind is None:
+        _require_readable(config, source)
+    return head
 
 
 def misfit_reason(head: HeadConfig, facts: EngineFacts) -> str | None:
     """Why a head cannot draft for an engine's target, as one sentence, or None where it can."""
-    reason = next(_misfits(head, facts), None)
-    return reason and f"{_FIELD}: {reason}"
+    fault = next(_misfits(head, facts), None)
+    return None if fault is None else str(_fault(fault[0], head.source, fault[1]))
+
+
+def folder_of(model: str) -> Path | None:
+    """Where the weights of a head lie on this machine, or None where the hub has to be asked."""
+    if os.path.isdir(model):
+        return Path(model)
+    if not _HUB_ID.fullmatch(model):
+        return None
+    import huggingface_hub
+
+    config = huggingface_hub.try_to_load_from_cache(model, "config.json")
+    if not isinstance(config, str):
+        return None
+    folder = Path(config).parent
+    try:
+        weight_files(folder)
+    except ValueError:  # not all of them are here yet
+        return None
+    return folder
+
+
+def top_k_reason(head: HeadConfig, top_k: int) -> str | None:
+    """Why a head has too few tokens for a tree's children, or None."""
+    most = head.draft_vocab_size or head.vocab_size
+    if top_k <= most:
+        return None
+    return (
+        f"speculative_config.top_k: found {top_k}, "
+        f"allowed: at most {most}, the draft vocabulary of {head.source}"
+    )
+
+
+def positions_reason(head: HeadConfig, max_model_len: int) -> str | None:
+    """Why positions of a request would lie behind the head's rotary table, which is read unchecked, or None."""
+    found = head.num_positions
+    if found is None or found >= max_model_len:
+        return None
+    return str(
+        _fault(
+            f"rotary positions up to {found}", head.source, f"up to max_model_len {max_model_len}"
+        )
+    )
+
+
+def _fault(found: str, source: str, allowed: str) -> ValueError:
+    return ValueError(f"{FIELD}: found {found} in {source}, allowed: {allowed}")
 
 
 def _hub_config(model: str) -> dict[str, Any]:
     if not _HUB_ID.fullmatch(model):
-        raise ValueError(f"{_FIELD}: found no folder at '{model}', allowed: an EAGLE-3 head")
+        raise ValueError(f"{FIELD}: found no folder at '{model}', allowed: an EAGLE-3 head")
     import huggingface_hub
     from transformers import PreTrainedConfig
 
@@ -108,7 +154,7 @@ def _hub_config(model: str) -> dict[str, Any]:
     except OSError as error:
         first_line = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"{_FIELD}: found '{model}', which is no folder, nor a Hugging Face id that can be "
+            f"{FIELD}: found '{model}', which is no folder, nor a Hugging Face id that can be "
             f"read from here ({first_line}), allowed: an EAGLE-3 head"
         ) from error
     return config
@@ -124,54 +170,94 @@ def _is_eagle3(config: Mapping[str, Any]) -> bool:
     )
 
 
-def _sentence(fault: Any) -> str:
+def _of_speculators(config: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """What vLLM makes of the speculators library's config."""
+    decoder = config.get("transformer_layer_config")
+    if not isinstance(decoder, Mapping):
+        raise _fault(f"{shown(decoder)} for transformer_layer_config", source, "an object")
+    model_type = decoder.get("model_type", "llama")
+    if model_type not in tuple(_SPECULATORS_ARCHITECTURES):
+        raise _fault(f"the model_type {shown(model_type)}", source, "'llama', 'qwen3'")
+    outside = {key: config[key] for key in _SPECULATORS_KEYS if config.get(key) is not None}
+    flags = {key: config.get(key, default) for key, default in _SPECULATORS_FLAGS.items()}
+    architectures = [_SPECULATORS_ARCHITECTURES[model_type]]
+    return {**decoder, **outside, **flags, "architectures": architectures}
+
+
+def _defaults(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    model_type = config.get("model_type")
+    return _DEFAULTS.get(model_type, {}) if isinstance(model_type, str) else {}
+
+
+def _sentence(fault: Any, source: str) -> str:
     key = ".".join(map(str, fault["loc"]))
-    found = "nothing" if fault["type"] == "missing" else repr(fault["input"])
-    return f"{_FIELD}: found {found} for {key} in the head's config.json: {fault['msg'].lower()}"
+    found = "nothing" if fault["type"] == "missing" else _with_type(fault["input"])
+    return str(_fault(f"{found} for {key}", source, allowed_at(fault["loc"])))
 
 
-def _misfits(head: HeadConfig, facts: EngineFacts) -> Iterator[str]:
+def _with_type(value: Any) -> str:
+    return f"{shown(value)} ({type(value).__name__})"
+
+
+def _require_readable(config: Mapping[str, Any], source: str) -> None:
+    """Builds what transformers makes of a config, for it checks keys that nobody here reads.
+
+    Raises ValueError with the file where vLLM's own attempt would fail with a message that names none.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING
+
+    model_type = config.get("model_type")
+    if model_type is None or model_type not in CONFIG_MAPPING:  # vLLM has some of its own
+        return
+    content = {key: value for key, value in config.items() if key != "model_type"}
+    try:
+        CONFIG_MAPPING[model_type](**copy.deepcopy(content))
+    except (
+        StrictDataclassError, ArithmeticError, AttributeError, LookupError, RecursionError,
+        TypeError, ValueError,
+    ) as error:  # fmt: skip
+        found = repr(" ".join(str(error).split())[:200])
+        raise _fault(found, source, "what transformers can read") from None
+
+
+def _misfits(head: HeadConfig, facts: EngineFacts) -> Iterator[tuple[str, str]]:
+    """(found, allowed) of what does not fit the target."""
     target = facts.target
-    tap_size = head.target_hidden_size or head.hidden_size
-    if tap_size != target.hidden_size:
-        yield (
-            f"found a head for hidden size {tap_size}, allowed: {target.hidden_size}, the target's"
-        )
+    if head.tap_size != target.hidden_size:
+        yield f"a head for hidden size {head.tap_size}", f"{target.hidden_size}, the target's"
     if head.vocab_size != target.vocab_size:
         yield (
-            f"found a head for a vocabulary of {head.vocab_size}, "
-            f"allowed: {target.vocab_size}, the target's"
+            f"a head for a vocabulary of {head.vocab_size}",
+            f"{target.vocab_size}, the target's",
         )
     if head.draft_vocab_size and head.draft_vocab_size > target.vocab_size:
         yield (
-            f"found a head with a draft vocabulary of {head.draft_vocab_size}, "
-            f"allowed: at most {target.vocab_size}, the target's"
+            f"a head with a draft vocabulary of {head.draft_vocab_size}",
+            f"at most {target.vocab_size}, the target's",
         )
-    head_size = head.head_dim or head.hidden_size // head.num_attention_heads
-    if not head_size_allowed(head_size, facts.platform):
+    if not head_size_allowed(head.head_size, facts.platform):
         sizes = ", ".join(map(str, CPU_HEAD_SIZES))
-        yield f"found a head with head size {head_size}, allowed on CPU: {sizes}"
+        yield f"a head with head size {head.head_size}", f"on CPU {sizes}"
     partial = sorted({kind for kind in head.layer_types or () if kind != "full_attention"})
     if partial:
         # vLLM would give such a head KV blocks of its own.
-        yield f"found a head with layers of {', '.join(partial)}, allowed: full_attention"
+        yield f"a head with layers of {shown(', '.join(partial))}", "full_attention"
     if not head.eagle_config.use_aux_hidden_state:
-        yield "found use_aux_hidden_state false, allowed: a head that reads tap states"
+        yield "use_aux_hidden_state false", "a head that reads tap states"
     yield from _tap_misfits(head, target.num_hidden_layers)
 
 
-def _tap_misfits(head: HeadConfig, num_layers: int) -> Iterator[str]:
+def _tap_misfits(head: HeadConfig, num_layers: int) -> Iterator[tuple[str, str]]:
     nested = head.eagle_config.eagle_aux_hidden_state_layer_ids
     # Without a list vLLM takes these of a target that names no layers of its own.
     default = [2, num_layers // 2, num_layers - 3]
     taps = head.eagle_aux_hidden_state_layer_ids or nested or default
-    # The head's input is this many hidden states wide, whatever layers are listed.
-    expected = head.num_aux_hidden_states or (len(nested) if nested else _NUM_DEFAULT_TAPS)
-    if len(taps) != expected:
-        yield f"found the tap layers {taps}, allowed: {expected} layers"
+    if len(taps) != head.num_taps:
+        yield f"the tap layers {shown(taps)}", f"{head.num_taps} layers"
     # vLLM taps in layer order, so another order would swap the head's inputs.
     if taps != sorted(set(taps)) or taps[0] < 0 or taps[-1] > num_layers:
         yield (
-            f"found the tap layers {taps}, "
-            f"allowed: rising layers from 0 to {num_layers}, the target's"
+            f"the tap layers {shown(taps)}",
+            f"rising layers from 0 to {num_layers}, the target's",
         )

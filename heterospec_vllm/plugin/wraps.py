@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every function of vLLM that the plugin wraps, each with its record (one more in layers/linears_cpu.py).
+"""Every function of vLLM that the plugin wraps, each with its record (others in layers/linears_cpu.py and
+plugin/head_loading.py).
 
 A wrap calls the original. For configs that are not ours it passes arguments and result through.
 """
@@ -12,7 +13,7 @@ from typing import Any
 
 from heterospec_vllm import config
 from heterospec_vllm.patching import Wrap
-from heterospec_vllm.plugin import checks, compat, head
+from heterospec_vllm.plugin import checks, compat, head, head_weights
 
 # A child of vLLM's logger, so that its handlers and levels apply.
 logger = logging.getLogger("vllm.heterospec")
@@ -107,11 +108,31 @@ def _checked_config(
     facts = compat.engine_facts(engine_args, model_config)
     reasons.append(checks.unsupported_reason(facts))
     if not any(reasons):
-        reasons.append(head.misfit_reason(head.load(ours.model), facts))
+        length, load_format = model_config.max_model_len, engine_args.load_format
+        reasons.append(_head_reason(ours, facts, length, load_format))
     for reason in reasons:
         if reason:
             raise ValueError(f"heterospec: {reason}")
     return _with_profile(ours, model_config.model)
+
+
+def _head_reason(
+    ours: config.HeteroSpecConfig, facts: checks.EngineFacts, max_model_len: int, load_format: str
+) -> str | None:
+    """Why the head cannot be loaded or draft for the target, or None."""
+    try:
+        found = head.load(ours.model)
+    except ValueError as error:
+        return str(error)
+    reason = (
+        head.misfit_reason(found, facts)
+        or head.top_k_reason(found, ours.top_k)
+        or head.positions_reason(found, max_model_len)
+    )
+    folder = head.folder_of(ours.model)
+    if reason or folder is None or load_format not in head_weights.LOAD_FORMATS:
+        return reason
+    return head_weights.misfit_reason(folder, found, facts.target)
 
 
 def _with_profile(ours: config.HeteroSpecConfig, target: str) -> config.HeteroSpecConfig:

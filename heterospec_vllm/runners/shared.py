@@ -41,6 +41,7 @@ from heterospec_vllm.policy.decisions import TreeShape
 from heterospec_vllm.policy.profile import load_profile
 from heterospec_vllm.replay.recorders import CostRecorder, TracePolicy, TraceRecorder
 from heterospec_vllm.runners.measure import measure_costs
+from heterospec_vllm.runners.reload import checked_kernel_weights, require_weights
 from heterospec_vllm.timing import CLOCK
 from heterospec_vllm.verify.stops import Stops
 
@@ -53,6 +54,7 @@ HARDLY_PAYS = 4.0
 class SpeculatingRunner:
     """The part of a model runner that does not depend on vLLM's version of it; subclasses are also vLLM's runner."""
 
+    vllm_config: VllmConfig
     model_config: ModelConfig
     scheduler_config: SchedulerConfig
     max_model_len: int
@@ -91,6 +93,29 @@ class SpeculatingRunner:
         """What the first drafts would otherwise wait for; once, when the engine is warm."""
         self._drafter.prepare()
 
+    def reload_weights(
+        self,
+        weights_iterator: Iterable[tuple[str, Any]] | None = None,
+        weights_path: str | None = None,
+        is_checkpoint_format: bool = True,
+    ) -> None:
+        """vLLM's, of weights that are looked at first: it stops at a bad one with the model half loaded."""
+        if weights_iterator is not None and not is_checkpoint_format:
+            model = self.get_model()  # type: ignore[attr-defined]
+            weights_iterator = checked_kernel_weights(model, weights_iterator)
+        elif weights_iterator is None:
+            require_weights(self.vllm_config, weights_path)
+        super().reload_weights(  # type: ignore[misc]
+            weights_iterator=weights_iterator,
+            weights_path=weights_path,
+            is_checkpoint_format=is_checkpoint_format,
+        )
+        self.weights_changed()
+
+    def weights_changed(self) -> None:
+        """Weights of the target or the head were loaded again: what was made of them is made anew."""
+        self._drafter.weights_changed()
+
     def start_policy(self) -> None:
         """The configured policy, once the engine is warm."""
         self.set_policy(self._config.policy)
@@ -100,6 +125,12 @@ class SpeculatingRunner:
         # Without the profile's path: the profile was checked and loaded at start.
         given = {**self._config.model_dump(), "profile": None, "policy": policy, **options}
         config = parse(ConfigSource(given, None))
+        most = self._drafter.most_children
+        if config.top_k > most:
+            raise ValueError(
+                f"heterospec: top_k: found {config.top_k}, "
+                f"allowed: at most {most}, the head's draft vocabulary"
+            )
         if not self._draws_trees() and config.policy not in ("plain", "chain"):
             config = parse(ConfigSource({**given, "policy": "chain"}, None))
         if config not in self._policies:
@@ -153,7 +184,8 @@ class SpeculatingRunner:
 
     def record_costs(self, trees: list[tuple[int, int, int]]) -> None:
         """Draft trees of fixed (nodes, depth, top_k) in turns, 0 nodes for none, and note what everything costs."""
-        shapes = [TreeShape(*tree) if tree[0] else None for tree in trees]
+        most = self._drafter.most_children
+        shapes = [TreeShape(n, depth, min(k, most)) if n else None for n, depth, k in trees]
         self.controller.policy = CostRecorder(shapes)
 
     def recorded_costs(self) -> dict[str, list] | None:

@@ -35,9 +35,10 @@ from heterospec_vllm.layers.attention_cpu import (
     HeteroSpecCPUAttentionMetadataBuilder,
     MaskedRows,
 )
-from heterospec_vllm.layers.linears_cpu import DISPATCH
+from heterospec_vllm.layers.linears_cpu import loading, renew_embeddings
 from heterospec_vllm.layers.op_choice import VLLMS, OpChoice, choose_op
 from heterospec_vllm.layers.op_timing import Heads
+from heterospec_vllm.plugin.head_loading import loading_head
 from heterospec_vllm.runners.shared import SpeculatingRunner
 from heterospec_vllm.runners.thinking_budgets import RowBudgets
 from heterospec_vllm.timing import CLOCK
@@ -85,8 +86,15 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
             self._sample_as_without_speculation()
 
     def load_model(self, load_dummy_weights: bool = False) -> None:
-        with DISPATCH.while_loading() if self._config.packed_linears else nullcontext():
+        with (
+            loading() if self._config.packed_linears else nullcontext(),
+            loading_head(self._config.model, self.model_config),
+        ):
             super().load_model(load_dummy_weights)
+
+    def weights_changed(self) -> None:
+        renew_embeddings(self.model)
+        super().weights_changed()
 
     def _draws_trees(self) -> bool:
         return is_available()

@@ -28,6 +28,7 @@ from heterospec_vllm.engine.step import Step, true_rows
 from heterospec_vllm.kernels.gpu.kv_compact import KVLayers
 from heterospec_vllm.layers.attention_gpu import StepTrees, TreeBuilder
 from heterospec_vllm.plugin.head import load as head_config
+from heterospec_vllm.plugin.head_loading import loading_head
 from heterospec_vllm.runners.shared import SpeculatingRunner, logger
 from heterospec_vllm.timing import CLOCK
 from heterospec_vllm.verify.scorer_v2 import DeviceScorer
@@ -50,7 +51,8 @@ class HeteroSpecGPUModelRunner(SpeculatingRunner, GPUModelRunner):
         self._tree_reason: str | None = None
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        super().load_model(*args, **kwargs)
+        with loading_head(self._config.model, self.model_config):
+            super().load_model(*args, **kwargs)
         nested = head_config(self._config.model).eagle_config.eagle_aux_hidden_state_layer_ids
         if nested and get_eagle3_aux_layers_from_config(self.speculative_config) is None:
             # V2 does not look where V1 finds a head's tap layers, and takes default ones.

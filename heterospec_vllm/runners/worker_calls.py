@@ -39,6 +39,11 @@ class WorkerCalls:
             self.model_runner.start_policy()
         return result
 
+    def finish_weight_update(self, *args: Any, **kwargs: Any) -> None:
+        """Weights that a trainer sent: vLLM's session goes round the runner's `reload_weights`."""
+        super().finish_weight_update(*args, **kwargs)  # type: ignore[misc]
+        self.model_runner.weights_changed()
+
     def set_heterospec_policy(self, policy: str, **bounds: int) -> None:
         """Switch the policy (and optionally num_speculative_tokens, max_depth, top_k) between steps."""
         self.model_runner.set_policy(policy, **bounds)

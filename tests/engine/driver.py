@@ -5,7 +5,8 @@ A job is `{"engine": LLM arguments, "runs": [run, ...]}`; a run is `{"name", "pr
 text), "sampling" (one dict or one a prompt), "batch" (requests at a time, default all), "policy"
 (optional: arguments of set_heterospec_policy), "random_policy" (optional: arguments of
 random_policy.install), "fused_head" (optional: that of choose_head), "our_rows" (optional: those of
-choose_rows)}`. Two engines of one process would share threads and caches, so tests start a process each.
+choose_rows), "reload" (optional: arguments of reload_weights.reload)}`.
+Two engines of one process would share threads and caches, so tests start a process each.
 """
 
 import json
@@ -38,6 +39,12 @@ def main(job_file: str, out_file: str) -> None:
             from choose_rows import choose_rows
 
             llm.collective_rpc(choose_rows, kwargs=run["our_rows"])
+        error = None
+        if "reload" in run:
+            from reload_weights import reload
+
+            error = llm.collective_rpc(reload, kwargs=run["reload"])[0]
+            assert llm.reset_prefix_cache()
         if speculates:
             llm.collective_rpc("heterospec_counters", kwargs={"reset": True})
         preemptions = _metric(llm, "vllm:num_preemptions")
@@ -46,6 +53,7 @@ def main(job_file: str, out_file: str) -> None:
         llm.llm_engine.engine_core.get_output()
         results[run["name"]] = {
             "answers": answers,
+            "reload_error": error,
             "preemptions": _metric(llm, "vllm:num_preemptions") - preemptions,
             "free_blocks": _free_blocks(llm),
             "counters": llm.collective_rpc("heterospec_counters")[0] if speculates else None,

@@ -230,7 +230,7 @@ def test_target_is_a_speculators_head(target: Path, tmp_path: Path) -> None:
         ({"head_dim": 32}, ["head size 32", "64, 96, 128"]),
         (
             {"layer_types": ["sliding_attention"], "sliding_window": 64},
-            ["layers of sliding_attention", "allowed: full_attention"],
+            ["layers of 'sliding_attention'", "allowed: full_attention"],
         ),
         ({"architectures": ["MedusaModel"]}, ["['MedusaModel']", "LlamaForCausalLMEagle3"]),
         (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model folders with a config and no usable weights: enough for all that happens before loading."""
+"""Model folders for all that happens before weights load: a target without usable ones, a head of zeros."""
 
 import json
 from pathlib import Path
@@ -36,17 +36,47 @@ HEAD = {
 
 def write_target(folder: Path, **changes: Any) -> Path:
     """A Llama of 8 layers, with changes to its config; a key set to None is left out."""
-    return _write(folder, {**TARGET, **changes})
+    return _write(folder, {**TARGET, **changes}, {"unused": np.zeros(1, dtype=np.float32)})
 
 
 def write_head(folder: Path, **changes: Any) -> Path:
     """An EAGLE-3 head for that target."""
-    return _write(folder, {**HEAD, **changes})
+    config = {**HEAD, **changes}
+    draft_vocab, num_taps = config["draft_vocab_size"], config.get("num_aux_hidden_states", 3)
+    if not isinstance(draft_vocab, int):
+        draft_vocab = TARGET["vocab_size"]
+    return _write(folder, config, head_tensors(draft_vocab, num_taps))
 
 
-def _write(folder: Path, config: dict[str, Any]) -> Path:
+def head_tensors(draft_vocab: int = 256, num_taps: int = 3) -> dict[str, np.ndarray]:
+    """By the names and in the shapes that vLLM's EAGLE-3 Llama class loads for `HEAD`."""
+    shapes = {
+        "midlayer.self_attn.q_proj": (128, 256),
+        "midlayer.self_attn.k_proj": (64, 256),
+        "midlayer.self_attn.v_proj": (64, 256),
+        "midlayer.self_attn.o_proj": (128, 128),
+        "midlayer.mlp.gate_proj": (256, 128),
+        "midlayer.mlp.up_proj": (256, 128),
+        "midlayer.mlp.down_proj": (128, 256),
+        "midlayer.hidden_norm": (128,),
+        "midlayer.input_layernorm": (128,),
+        "midlayer.post_attention_layernorm": (128,),
+        "norm": (128,),
+        "fc": (128, 128 * num_taps),
+        "lm_head": (draft_vocab, 128),
+    }
+    tensors: dict[str, np.ndarray] = {
+        f"{name}.weight": np.zeros(shape, dtype=np.float16) for name, shape in shapes.items()
+    }
+    if draft_vocab < TARGET["vocab_size"]:
+        tensors["d2t"] = np.arange(draft_vocab)  # every other token of the target
+        tensors["t2d"] = np.arange(TARGET["vocab_size"]) % 2 == 0
+    return tensors
+
+
+def _write(folder: Path, config: dict[str, Any], tensors: dict[str, np.ndarray]) -> Path:
     folder.mkdir()
     kept = {key: value for key, value in config.items() if value is not None}
     (folder / "config.json").write_text(json.dumps(kept))
-    save_file({"unused": np.zeros(1, dtype=np.float32)}, folder / "model.safetensors")
+    save_file(tensors, folder / "model.safetensors")
     return folder

@@ -3,6 +3,7 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ import torch
 pytest.importorskip("vllm")
 
 from vllm.model_executor.layers import utils
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
+from heterospec_vllm import patching
 from heterospec_vllm.kernels.cpu import packed_linear
 from heterospec_vllm.kernels.cpu.library import is_available
 from heterospec_vllm.layers import linears_cpu
@@ -31,21 +34,25 @@ def isa(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.fixture
-def theirs(monkeypatch: pytest.MonkeyPatch) -> list:
+def theirs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list]:
     """The layers that were left to vLLM."""
-    left = []
+    left: list = []
 
     def dispatch_cpu_unquantized_gemm(layer, remove_weight) -> None:
         left.append((layer, remove_weight))
 
     monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", dispatch_cpu_unquantized_gemm)
-    return left
+    applied = dict(patching._applied)
+    patching._applied.pop(DISPATCH, None)
+    yield left
+    patching._applied.clear()
+    patching._applied.update(applied)
 
 
 def dispatched(columns=48, depth=32, dtype=torch.float32, bias=True, remove_weight=True):
     torch.manual_seed(0)
     layer = torch.nn.Linear(depth, columns, bias=bias, dtype=dtype)
-    with DISPATCH.while_loading(), torch.no_grad():
+    with linears_cpu.loading(), torch.no_grad():
         utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=remove_weight)
     return layer
 
@@ -119,11 +126,36 @@ def test_what_does_not_fit_is_left_to_vllm(isa, theirs, monkeypatch) -> None:
     assert len(theirs) == 3
 
 
-def test_nothing_stays_wrapped() -> None:
-    before = utils.dispatch_cpu_unquantized_gemm
-    with DISPATCH.while_loading():
-        assert utils.dispatch_cpu_unquantized_gemm is not before
-    assert utils.dispatch_cpu_unquantized_gemm is before
+@torch.no_grad()
+def test_only_layers_that_were_loaded_for_us_are_ours_and_stay_so(isa, theirs) -> None:
+    """Whoever loads weights again, in whatever way, ends here; another engine's layers do, too."""
+    layer, other = dispatched(), torch.nn.Linear(32, 48)
+    packed = layer.weight
+    utils.dispatch_cpu_unquantized_gemm(other, remove_weight=True)
+    assert theirs == [(other, True)]
+    layer.weight = torch.nn.Parameter(torch.randn(48, 32))
+    expected = torch.nn.functional.linear(x := torch.randn(2, 32), layer.weight, layer.bias)
+    utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+    assert theirs == [(other, True)] and layer.weight.shape == packed.shape
+    got = utils.cpu_unquantized_gemm(layer, x, layer.weight, layer.bias)
+    torch.testing.assert_close(got, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("ours", [True, False])
+def test_copies_of_embeddings_are_renewed(isa, theirs, ours) -> None:
+    """Tied to the embedding, an output weight changes without being loaded."""
+    layer = dispatched(remove_weight=False, bias=False) if ours else torch.nn.Linear(32, 48)
+    layer.quant_method = UnquantizedEmbeddingMethod()
+    x = torch.randn(2, 32)
+    if ours:
+        utils.cpu_unquantized_gemm(layer, x, layer.weight, None)
+    layer.weight.data.copy_(torch.randn(48, 32))
+    linears_cpu.renew_embeddings(torch.nn.Sequential(layer))
+    if ours:
+        got = utils.cpu_unquantized_gemm(layer, x, layer.weight, None)
+        torch.testing.assert_close(got, torch.nn.functional.linear(x, layer.weight))
+    assert theirs == ([] if ours else [(layer, False)])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -14,6 +14,7 @@ from heterospec_vllm import patching
 from heterospec_vllm.layers.linears_cpu import DISPATCH
 from heterospec_vllm.patching import Wrap
 from heterospec_vllm.plugin import wraps
+from heterospec_vllm.plugin.head_loading import LOADS
 from heterospec_vllm.plugin.wraps import WRAPS
 
 
@@ -64,7 +65,7 @@ CHECK = wrap("check", ("self", "value"), 1)
 PARSE = wrap("parse", ("text",), "!")
 
 
-RECORDS = (*WRAPS, DISPATCH)
+RECORDS = (*WRAPS, DISPATCH, *LOADS)
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.target)
