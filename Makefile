@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 # text models without them.
 BROKEN := torchvision torchaudio torchcodec
 
-.PHONY: help install demo serve test test-full bench-smoke aot gpu-check gpu-serve-check quality clean
+.PHONY: help install demo serve test test-full bench-smoke readme-table aot gpu-check gpu-serve-check quality clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -45,6 +45,13 @@ bench-smoke: install ## ratios to plain vLLM and to its best chain, below ten mi
 	$(BIN)/python -m pip install --quiet -e '.[bench]'
 	folder=$$(mktemp -d) && $(BIN)/heterospec bench benchmarks/smoke.yaml --output $$folder \
 		--thresholds benchmarks/thresholds.yaml; code=$$?; rm -rf $$folder; exit $$code
+
+RESULTS := $(addprefix docs/results/2026-11-,29-zen5 29-zen4 28-products 24-amx/tiles-before \
+	24-amx/tiles-and-costs 23-avx2 23-avx2-ladder 24-attention)
+
+readme-table: install ## print the README's table from the rows in docs/results, older runs of a machine first
+	@$(BIN)/python -m pip install --quiet -e '.[bench]'
+	@$(BIN)/heterospec report $(RESULTS) --readme
 
 aot: install ## compile every Triton kernel for real GPUs, without one
 	$(BIN)/python -m heterospec_vllm.kernels.gpu.aot
