@@ -13,7 +13,7 @@ BROKEN := torchvision torchaudio torchcodec
 
 OVERLAY := $(VENV)/vllm-0.33.0
 
-.PHONY: help install demo serve test test-full overlay bench-smoke aot gpu-check gpu-serve-check asan quality clean
+.PHONY: help install demo serve test test-full overlay bench-smoke readme-table aot gpu-check gpu-serve-check asan quality clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -53,6 +53,13 @@ bench-smoke: install ## ratios to plain vLLM and to its best chain, below ten mi
 	$(BIN)/python -m pip install --quiet -e '.[bench]'
 	folder=$$(mktemp -d) && $(BIN)/heterospec bench benchmarks/smoke.yaml --output $$folder \
 		--thresholds benchmarks/thresholds.yaml; code=$$?; rm -rf $$folder; exit $$code
+
+RESULTS := $(addprefix docs/results/2026-11-,29-zen5 29-zen4 28-products 24-amx/tiles-before \
+	24-amx/tiles-and-costs 23-avx2 23-avx2-ladder 24-attention)
+
+readme-table: install ## print the README's table from the rows in docs/results, older runs of a machine first
+	@$(BIN)/python -m pip install --quiet -e '.[bench]'
+	@$(BIN)/heterospec report $(RESULTS) --readme
 
 aot: install ## compile every Triton kernel for real GPUs, without one
 	$(BIN)/python -m heterospec_vllm.kernels.gpu.aot

@@ -71,13 +71,9 @@ def summary_of(rows: Frame, title: str) -> str:
 
 def in_words(rows: Frame, offline: list[CellSummary], served: list[CellSummary]) -> list[str]:
     everything = [*offline, *served]
-    sentences = words.headlines(offline) + words.headlines(served, "serving")
     lines = [f"Loss: {text}" for text in words.losses(everything)]
-    lines += [
-        f"Answers differ, no timing: {line}"
-        for line in words.without_timing(everything, "different")
-    ]
-    lines += [f"Failed: {line}" for line in words.without_timing(everything, "failed")]
+    lines += words.without_timing(everything)
+    sentences = words.headlines(offline) + words.headlines(served, "serving")
     return [*sentences, words.gates(rows), bullets(lines)]
 
 
@@ -101,7 +97,7 @@ def _result(group: list[CellSummary], system: str) -> str:
     if reason := words.no_timing(entries):
         return reason
     noise = max((one.noise for one in group if one.noise is not None), default=None)
-    if system == PLAIN:
+    if system == PLAIN and entries:
         spread = "one round" if noise is None else f"spread {100 * noise:.1f} %"
         return f"{words.speed(group[0], PLAIN)} ({spread})" if len(group) == 1 else spread
     ratio = mean_against(group, system, PLAIN)
@@ -121,14 +117,10 @@ def _result(group: list[CellSummary], system: str) -> str:
 def latencies(frame: Frame) -> str:
     numbers = {name: name.upper().replace("_", " ") for name in LATENCIES}
     numbers |= {"request_throughput": "requests/s", "goodput": "goodput", "failed": "failed"}
-    lines = [
-        [
-            row["label"],
-            row["system"],
-            *("" if row[n] != row[n] else f"{row[n]:.2f}" for n in numbers),
-        ]
-        for _, row in frame.iterrows()
-    ]
+    lines = []
+    for _, row in frame.iterrows():
+        values = ("" if row[name] != row[name] else f"{row[name]:.2f}" for name in numbers)
+        lines.append([row["label"], row["system"], *values])
     return table(["cell", "system", *numbers.values()], lines)
 
 
@@ -140,12 +132,9 @@ def made(rows: Frame) -> list[str]:
         text = f"{env.machine}; {env.threads}; commit {env.commit}; `{env.command}`; {versions}"
         found[text] += 1
     cells = [f"{cell.label}: {cell.num_prompts} x {cell.lengths} tokens" for cell in rows["cell"]]
-    environments = bullets([f"{count} rows: {text}" for text, count in found.items()])
-    return [
-        environments,
-        "Cells (requests x tokens of an answer):",
-        bullets([*dict.fromkeys(cells)]),
-    ]
+    environments = [f"{count} rows: {text}" for text, count in found.items()]
+    told = "Cells (requests x tokens of an answer):"
+    return [bullets(environments), told, bullets([*dict.fromkeys(cells)])]
 
 
 def drawn(rows: Frame, output: Path) -> list[str]:

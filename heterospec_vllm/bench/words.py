@@ -87,16 +87,19 @@ def gates(rows: Frame) -> str:
     )
 
 
-def without_timing(cells: Sequence[CellSummary], status: str) -> list[str]:
+def without_timing(cells: Sequence[CellSummary]) -> list[str]:
     """A line for each cell and system whose rounds failed, or whose answers differ."""
     lines = []
     for one in cells:
         for entry in one.entries.values():
-            partly = status == "failed" and entry.status == "ok" and bool(entry.reasons)
-            if entry.status == status or partly:
-                rounds = f" (in some rounds; {len(entry.speeds)} are timed)" if partly else ""
+            if entry.reasons:
+                different = entry.status == "different"
+                what = "Answers differ, no timing" if different else "Failed"
+                some = (
+                    f" (in some rounds; {len(entry.timed)} are timed)" if len(entry.timed) else ""
+                )
                 why = "; ".join(entry.reasons)
-                lines.append(f"{one.cell.label}: {entry.system}{rounds}: {why}")
+                lines.append(f"{what}: {one.cell.label}: {entry.system}{some}: {why}")
     return lines
 
 

@@ -76,7 +76,7 @@ class Engine:
                 part |= self.state(output.request_id)
                 self.parts[output.request_id].append({"token_ids": [], "finish_reason": None})
         self.preempted += [
-            [r.num_computed_tokens, list(r.spec_token_ids)]
+            [req_id, r.num_computed_tokens, list(r.spec_token_ids)]
             for req_id, r in self.scheduler.requests.items()
             if r.status.name == "PREEMPTED" and req_id in held
         ]
@@ -86,6 +86,7 @@ class Engine:
         request = self.requests[req_id]
         state = self.runner.requests.get(req_id)
         return {
+            "held": req_id in self.scheduler.requests,
             "num_tokens": request.num_tokens,
             "num_computed_tokens": request.num_computed_tokens,
             "num_output_tokens": request.num_output_tokens,

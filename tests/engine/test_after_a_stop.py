@@ -108,7 +108,8 @@ def test_the_schedulers_request_and_the_generator(played, name: str) -> None:
     """As in plain where the engine stops a request; else whole: computed but for the last token, one seed a token."""
     plain, ours = (_ended(played[kind][name]) for kind in ("plain", "ours"))
     for expected, got in zip(plain, ours, strict=True):
-        assert got["spec_token_ids"] == []
+        assert got["held"] == expected["held"]
+        assert got["spec_token_ids"] == [] or not got["held"]
         if name in (
             "stop string",
             "abort",
@@ -122,7 +123,9 @@ def test_the_schedulers_request_and_the_generator(played, name: str) -> None:
 
 def test_a_preempted_request_keeps_nothing(played) -> None:
     preempted = played["ours"][CROWDED]["preempted"]
-    assert preempted and all(kept == [0, []] for kept in preempted)
+    assert all(kept == [0, []] for _, *kept in preempted)
+    # Sessions among them, in one of their turns.
+    assert {"session", "other"} == {req_id.split()[1] for req_id, *_ in preempted}
 
 
 @pytest.mark.parametrize("kind", ["cached_blocks", "stored_blocks"])

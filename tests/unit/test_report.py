@@ -204,6 +204,13 @@ def test_failures_are_told_with_their_reasons(tmp_path: Path) -> None:
     assert "| `marginal` | failed |" in text
 
 
+def test_a_cell_without_plain_has_no_ratios(tmp_path: Path) -> None:
+    rows = rows_of({"plain": [10.0]}) + rows_of({"marginal": [12.0]}, concurrency=4)
+    table = main_table(summarise(loaded(tmp_path, rows))).splitlines()
+    assert table[2] == "| `plain` | 10.0 tok/s (one round) |  |"
+    assert table[3] == "| `marginal` |  | n/a |"
+
+
 def test_losses_are_said_in_words(tmp_path: Path) -> None:
     rows = rows_of({"plain": [10.0, 10.0], "eagle3 k=1": [8.0, 8.0], "marginal": [9.0, 9.0]})
     cells = summarise(loaded(tmp_path, rows))
