@@ -331,3 +331,19 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["report", str(tmp_path / "none"), "--output", "x"])
     assert result.exit_code == 2
     assert CliRunner().invoke(app, ["report", str(tmp_path)]).exit_code == 2  # no --output
+
+
+def test_the_readme_shows_the_table_that_its_rows_give() -> None:
+    """`make readme-table` names the folders."""
+    root = Path(__file__).parents[2]
+    listed = re.search(
+        r"^RESULTS := \$\(addprefix (\S+),(.*?)\)$", (root / "Makefile").read_text(), re.M | re.S
+    )
+    assert listed is not None
+    prefix, names = listed[1], listed[2].replace("\\", "").split()
+    result = CliRunner().invoke(
+        app, ["report", *(str(root / (prefix + n)) for n in names), "--readme"]
+    )
+    assert result.exit_code == 0
+    shown = (root / "README.md").read_text().split("<!-- table: begin -->\n")[1]
+    assert shown.split("\n<!-- table: end -->")[0] == result.stdout.strip()
