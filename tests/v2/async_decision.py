@@ -14,8 +14,7 @@ def decisions(target: str, head: str) -> dict[str, object]:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.version import __version__
 
-    from heterospec_vllm import wraps
-    from heterospec_vllm.plugin import register
+    from heterospec_vllm.plugin import register, wraps
 
     register()
     interpreted.leave_async_scheduling(lambda config: True)
