@@ -149,7 +149,7 @@ def block(llm: Any, steps: int, point: Any) -> list[dict[str, float]]:
 
 def attention(llm: Any, point: dict[str, int]) -> dict[str, float]:
     """One layer's call of our op and of vLLM's, the queries as a chain; nothing without our kernel."""
-    from heterospec_vllm.kernels.cpu.tree_attention import is_available
+    from heterospec_vllm.kernels.cpu.library import is_available
     from heterospec_vllm.layers.op_timing import Case, Heads, measure
 
     if not is_available():
