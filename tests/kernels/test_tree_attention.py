@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton tree attention against the float64 reference, and the reference against the CPU kernel's."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from tree_attention_inputs import (
     star,
 )
 
+from heterospec_vllm.kernels.cpu.tree_attention import LayerPages, TreeAttentionInputs, TreeRows
 from heterospec_vllm.kernels.gpu import tree_attention_plan
 from heterospec_vllm.kernels.gpu.tree_attention_plan import FP8
 from heterospec_vllm.kernels.reference import cpu as reference
@@ -232,12 +233,17 @@ def test_on_the_cpu_kernels_cache(device: torch.device, dtype: torch.dtype) -> N
     inputs = build(device, model, RAGGED)
     # [num_blocks, num_kv_heads, head_size, block_size] in memory, shaped as vLLM says
     keys = inputs.key_cache.transpose(2, 3).contiguous()
-    tensors = inputs.tensors() | {
-        "key_cache": keys.view(keys.shape[0], keys.shape[1], keys.shape[3], keys.shape[2]),
-        "value_cache": inputs.value_cache.contiguous(),
-    }
+    values = inputs.value_cache.contiguous()
+    tensors = inputs.tensors()
+    pages = LayerPages(
+        keys.view(keys.shape[0], keys.shape[1], keys.shape[3], keys.shape[2]),
+        values,
+        inputs.query.shape[1],
+        inputs.scale,
+    )
+    rows = TreeRows(*(tensors[f.name] for f in fields(TreeRows) if f.name != "num_threads"))
     expected = inputs.poisoned_output()
-    reference.tree_attention(output=expected, **tensors)
-    inputs.key_cache, inputs.value_cache = keys.transpose(2, 3), tensors["value_cache"]
+    reference.tree_attention(TreeAttentionInputs(pages, rows, inputs.query), expected)
+    inputs.key_cache, inputs.value_cache = keys.transpose(2, 3), values
     assert torch.equal(inputs.expected(), expected)
     assert_near(inputs.run(), expected)
