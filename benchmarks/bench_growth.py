@@ -161,7 +161,7 @@ def attention(llm: Any, point: dict[str, int]) -> dict[str, float]:
 
 
 def show(results: list[dict[str, Any]]) -> None:
-    parts = ["target forward", "tree attention", "draft: true tokens", "draft: levels", "draft"]
+    parts = ["target forward", "tree attention", "draft: accepted tokens", "draft: levels", "draft"]
     table = Table(title="milliseconds a step; one layer's attention, ours and vLLM's")
     numbers = ["ms", "plain_ms", "attention_ms", "vllm_attention_ms"]
     for name in ("sweep", *FIXED, *numbers, *parts):

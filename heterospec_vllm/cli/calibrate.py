@@ -233,7 +233,7 @@ def _print(console: Console, fit, costs) -> None:
     )
     console.print(table)
     table = Table(title="milliseconds")
-    for column in ("tokens or nodes", "target step", "head over true tokens", "draft level"):
+    for column in ("tokens or nodes", "target step", "head over accepted tokens", "draft level"):
         table.add_column(column, justify="right")
     for count in (1, 4, 8, 16, 32, 64):
         cells = (costs.step(count, 1, 0), costs.first_pass.at(count), costs.level.at(count))

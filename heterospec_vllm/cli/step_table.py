@@ -30,7 +30,7 @@ ROWS = (
     ("counters", 1),
     ("learn", 1),
     ("draft", 1),
-    ("draft: true tokens", 2),
+    ("draft: accepted tokens", 2),
     ("draft: levels", 2),
     ("draft: cut the tree", 2),
     ("publish", 1),

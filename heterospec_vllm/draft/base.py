@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from heterospec_vllm.arrays import Ints
-from heterospec_vllm.draft.true_tokens import TrueTokens
+from heterospec_vllm.draft.accepted_tokens import AcceptedTokens
 from heterospec_vllm.policy.base import Demand, DraftPlan, DraftPolicy, Scope
 from heterospec_vllm.tree.pool import CandidatePool
 from heterospec_vllm.tree.trees import DraftTrees
@@ -19,7 +19,7 @@ class StepOutput:
     """What a step leaves for drafting, request by request in the order of the batch."""
 
     req_ids: list[str]
-    tokens: TrueTokens  # accepted tokens and prompt tokens of the step
+    tokens: AcceptedTokens  # accepted tokens and prompt tokens of the step
     demand: Demand
     temperatures: Ints  # [num_reqs] 0 greedy, 1 sampled
 
@@ -45,7 +45,7 @@ class Draft:
     trees: DraftTrees  # [num_drafting]
     num_levels: int  # beyond the first
     seconds: float
-    tokens: TrueTokens  # what the source read before
+    tokens: AcceptedTokens  # what the source read before
     drafting: Ints  # [num_drafting] whose trees these are, among the requests of those tokens
 
 

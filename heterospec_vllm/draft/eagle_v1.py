@@ -14,17 +14,17 @@ from vllm.config import VllmConfig
 from vllm.v1.spec_decode.eagle import EagleProposer
 
 from heterospec_vllm.arrays import Floats, Ints
-from heterospec_vllm.draft.fused_head import MAX_ROWS, FusedHead, fused_head
-from heterospec_vllm.draft.growth import Frontier, level_positions
-from heterospec_vllm.draft.tree_drafter import HeadContext, TreeDrafter
-from heterospec_vllm.draft.true_tokens import (
-    TrueTokens,
+from heterospec_vllm.draft.accepted_tokens import (
+    AcceptedTokens,
+    accepted_rows,
     context_offsets,
     gather_rows,
     slots_of,
     split_last,
-    true_rows,
 )
+from heterospec_vllm.draft.fused_head import MAX_ROWS, FusedHead, fused_head
+from heterospec_vllm.draft.growth import Frontier, level_positions
+from heterospec_vllm.draft.tree_drafter import HeadContext, TreeDrafter
 from heterospec_vllm.layers.attention_cpu import DraftLevelMetadata
 from heterospec_vllm.policy.base import DraftPlan
 from heterospec_vllm.timing import CLOCK
@@ -80,7 +80,7 @@ class EagleDrafterV1(TreeDrafter, EagleProposer):
     def _fused_for(self, num_rows: int) -> FusedHead | None:
         return self._fused if num_rows <= MAX_ROWS else None
 
-    def _first_pass_of(self, tokens: TrueTokens) -> HeadContext:
+    def _first_pass_of(self, tokens: AcceptedTokens) -> HeadContext:
         fused = self._fused
         if fused is not None:
             fits = _fits_kernel(tokens)
@@ -93,9 +93,9 @@ class EagleDrafterV1(TreeDrafter, EagleProposer):
             target_token_ids=tokens.token_ids,
             next_token_ids=tokens.next_token_ids,
             target_positions=tokens.positions,
-            target_hidden_states=self._fuse_taps(tokens.features),
+            target_hidden_states=self._fuse_aux(tokens.features),
             token_indices_to_sample=None,
-            cad=self._true_token_metadata(tokens),
+            cad=self._accepted_token_metadata(tokens),
             num_rejected_tokens_gpu=None,
         )
         _, layer_metadata = self.build_per_group_and_layer_attn_metadata(cad)
@@ -110,7 +110,7 @@ class EagleDrafterV1(TreeDrafter, EagleProposer):
             positions=self.positions[last],
         )
 
-    def _all_but_last_read(self, fused: FusedHead, tokens: TrueTokens) -> TrueTokens:
+    def _all_but_last_read(self, fused: FusedHead, tokens: AcceptedTokens) -> AcceptedTokens:
         """Each request's last token, the keys and values of those before it in the pages."""
         if len(tokens.token_ids) == tokens.num_tokens.size:
             return tokens
@@ -121,15 +121,15 @@ class EagleDrafterV1(TreeDrafter, EagleProposer):
                 fused.store_keys(
                     token_ids=tokens.token_ids[rows + 1],
                     positions=tokens.positions[rows],
-                    hidden=self._fuse_taps(tokens.features[rows]),
+                    hidden=self._fuse_aux(tokens.features[rows]),
                     slots=slots[rows],
                 )
         return last
 
-    def _fused_first_pass(self, fused: FusedHead, tokens: TrueTokens) -> HeadContext:
+    def _fused_first_pass(self, fused: FusedHead, tokens: AcceptedTokens) -> HeadContext:
         """As a level that is a chain, whose keys and values go into the pages, too."""
         # The head takes each token's features with the token that followed it.
-        start, context_lens, before, slots, following, seq_lens = true_rows(
+        start, context_lens, before, slots, following, seq_lens = accepted_rows(
             tokens.num_tokens,
             context_offsets(tokens).numpy(),
             tokens.block_table.numpy(),
@@ -139,7 +139,7 @@ class EagleDrafterV1(TreeDrafter, EagleProposer):
         )
         self._begin_levels(MAX_ROWS)
         with CLOCK.span("head forward"):
-            features = fused.fuse_taps(tokens.features)
+            features = fused.fuse_aux(tokens.features)
         normed, hidden = self._fused_forward(
             fused,
             token_ids=torch.from_numpy(following),
@@ -261,7 +261,7 @@ class EagleDrafterV1(TreeDrafter, EagleProposer):
                 )
 
 
-def _fits_kernel(tokens: TrueTokens) -> bool:
+def _fits_kernel(tokens: AcceptedTokens) -> bool:
     """Few rows, and something before each: the kernel looks back at pages at least."""
     if len(tokens.token_ids) > MAX_ROWS:
         return False

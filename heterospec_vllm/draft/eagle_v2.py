@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """EagleDrafterV2: the drafter of Model Runner V2, vLLM's own EAGLE-3 speculator with trees.
 
-Tree nodes are fed to the head through the lookahead slots behind a request's true tokens, all levels so far in one
+Tree nodes are fed to the head through the lookahead slots behind a request's accepted tokens, all levels so far in one
 pass: the one-layer head costs its weights, not its rows, and one kernel serves the target and the head. The next step's
-first pass writes true tokens over them.
+first pass writes accepted tokens over them.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
 
 from heterospec_vllm.arrays import Floats, Ints, Ints32
+from heterospec_vllm.draft.accepted_tokens import AcceptedTokens
 from heterospec_vllm.draft.growth import Frontier
 from heterospec_vllm.draft.tree_drafter import HeadContext, TreeDrafter
-from heterospec_vllm.draft.true_tokens import TrueTokens
 from heterospec_vllm.kernels.gpu.topk_entropy import topk_entropy
 from heterospec_vllm.kernels.gpu.tree_attention_plan import MAX_ROWS
 from heterospec_vllm.layers.attention_gpu import StepTrees, TreeBuilder
 from heterospec_vllm.policy.base import DraftPlan
 from heterospec_vllm.timing import CLOCK
 
-# (batch, tap states of the step's tokens, whether drafts can be used) -> nothing: the runner's side of a draft
+# (batch, aux hidden states of the step's tokens, whether drafts can be used) -> nothing: the runner's side of a draft
 OnPropose = Callable[[InputBatch, list[torch.Tensor], bool], None]
 
 
@@ -102,11 +102,11 @@ class EagleDrafterV2(TreeDrafter, EagleSpeculator):
         return min(plan.beam, rows // levels)
 
     def max_context(self) -> int:
-        """True tokens behind which a tree of any shape still fits into a request's slots."""
+        """Accepted tokens behind which a tree of any shape still fits into a request's slots."""
         return self.max_model_len - self.num_speculative_steps
 
-    def _first_pass_of(self, tokens: TrueTokens) -> HeadContext:
-        common = self._true_token_metadata(tokens)
+    def _first_pass_of(self, tokens: AcceptedTokens) -> HeadContext:
+        common = self._accepted_token_metadata(tokens)
         num_tokens = common.num_actual_tokens
         buffers = self.input_buffers
         last = common.query_start_loc[1:].long() - 1
@@ -114,7 +114,7 @@ class EagleDrafterV2(TreeDrafter, EagleSpeculator):
         buffers.input_ids[: num_tokens - 1] = tokens.token_ids[1:]
         buffers.input_ids[last] = tokens.next_token_ids
         buffers.positions[:num_tokens] = tokens.positions
-        self.hidden_states[:num_tokens] = self._fuse_taps(tokens.features)
+        self.hidden_states[:num_tokens] = self._fuse_aux(tokens.features)
         normed, hidden = self._run_head(num_tokens, *self._attention(common, None))
         return HeadContext(
             seq_lens=common.seq_lens,
@@ -185,7 +185,7 @@ class EagleDrafterV2(TreeDrafter, EagleSpeculator):
         return normed[latest], hidden[latest]
 
     def _level_metadata(self, rows: RowsByRequest, context: HeadContext) -> CommonAttentionMetadata:
-        """The tree's rows behind each request's true tokens."""
+        """The tree's rows behind each request's accepted tokens."""
         start = np.concatenate([[0], np.cumsum(rows.counts)]).astype(np.int32)
         query_start_loc = torch.from_numpy(start)
         counts = self._to_device(rows.counts.astype(np.int32))

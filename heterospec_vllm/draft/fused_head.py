@@ -24,8 +24,8 @@ from vllm.model_executor.models.llama import LlamaAttention
 from vllm.model_executor.models.llama_eagle3 import Eagle3LlamaForCausalLM, LlamaDecoderLayer
 
 from heterospec_vllm.arrays import Floats, Ints
-from heterospec_vllm.draft.taps import TapFusion
-from heterospec_vllm.kernels.cpu import packed_linear, tap_fusion, top_tokens
+from heterospec_vllm.draft.aux_fusion import AuxFusion
+from heterospec_vllm.kernels.cpu import aux_fusion, packed_linear, top_tokens
 from heterospec_vllm.kernels.cpu.head_layer import HeadLayerWeights, head_layer_cpu
 from heterospec_vllm.kernels.cpu.library import unavailable_reason
 from heterospec_vllm.layers.linears_cpu import packed_weight
@@ -47,11 +47,11 @@ class FusedHead:
         self._weights = _layer_weights(model)
         self._vocab_size = model.logits_processor.org_vocab_size
         self._logits_weight = _logits_weight(model.lm_head.weight.data, self._vocab_size)
-        taps = TapFusion(model)
+        taps = AuxFusion(model)
         self._norms, self._epsilon = taps.norms, taps.epsilon
         depth = model.model.fc_input_size
         self._fc = _packed_weight(model.model.fc, depth, self._weights.embedding.dtype)
-        reason = self._weights.misfit() or tap_fusion.misfit(self._norms, self._fc)
+        reason = self._weights.misfit() or aux_fusion.misfit(self._norms, self._fc)
         if reason is not None:
             raise ValueError(reason)
         # Prompts are read with torch's product, the faster one on AMX tiles where rows are many.
@@ -59,9 +59,9 @@ class FusedHead:
         self._offsets = model.draft_id_to_target_id
         self._attention = model.model.layers[0].self_attn.attn
 
-    def fuse_taps(self, features: torch.Tensor) -> torch.Tensor:
-        """[num_tokens, num_taps * hidden_size] to [num_tokens, hidden_size]."""
-        return tap_fusion.tap_fusion_cpu(features, self._norms, self._fc, self._epsilon)
+    def fuse_aux(self, features: torch.Tensor) -> torch.Tensor:
+        """[num_tokens, num_aux * hidden_size] to [num_tokens, hidden_size]."""
+        return aux_fusion.aux_fusion_cpu(features, self._norms, self._fc, self._epsilon)
 
     def forward(self, **rows: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """`head_layer_cpu` with this head's weights and pages: (normed output, output)."""
@@ -114,7 +114,7 @@ def _misfits(model: Any, max_model_len: int) -> Iterator[str]:
     attention, mlp = layer.self_attn, layer.mlp
     if type(layer) is not LlamaDecoderLayer or type(attention) is not LlamaAttention:
         yield f"its layer is a {type(layer).__name__} with {type(attention).__name__}"
-    if inner.norm_before_fc or (inner.fc_norm is not None and TapFusion(model).norms is None):
+    if inner.norm_before_fc or (inner.fc_norm is not None and AuxFusion(model).norms is None):
         yield "its taps are normed in another way"
     linears = attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj, inner.fc
     for linear in linears:

@@ -155,12 +155,12 @@ def pack_frontier(
 
 @compiled("i8[::1](i8[:], i8[:], i8, i8)")
 def level_positions(
-    positions,  # [num_reqs] of the last true token
+    positions,  # [num_reqs] of the last accepted token
     reqs,  # [num_rows]
     level,
     last,
 ):
-    """[num_rows] positions of nodes ``level`` behind the true tokens, at most ``last``."""
+    """[num_rows] positions of nodes ``level`` behind the accepted tokens, at most ``last``."""
     out = np.empty(reqs.size, np.int64)
     for row in range(reqs.size):
         out[row] = min(positions[reqs[row]] + level, last)

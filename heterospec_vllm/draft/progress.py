@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the draft head has seen of each request, and the tap states of what it has not.
+"""What the draft head has seen of each request, and the aux hidden states of what it has not.
 
-While nothing is drafted the head does not run. The tokens that pass it by are kept with their tap states, and one
+While nothing is drafted the head does not run. The tokens that pass it by are kept with their aux hidden states. One
 batched pass brings the head up to date when drafting resumes. The memory is bounded, and blocks of the prefix cache
 may have been filled without the head. In both cases its context of a request begins late: at the first block behind
 all that it has not seen. Drafts get worse by what it misses, answers do not change.
@@ -16,7 +16,11 @@ import numpy as np
 import torch
 
 from heterospec_vllm.arrays import Bools, Ints
-from heterospec_vllm.draft.true_tokens import TrueTokens, host_blocks_of, with_context_starts
+from heterospec_vllm.draft.accepted_tokens import (
+    AcceptedTokens,
+    host_blocks_of,
+    with_context_starts,
+)
 
 MAX_KEPT_BYTES = 256 * 2**20
 Piece = tuple[torch.Tensor, ...]  # token ids, positions and features of consecutive tokens
@@ -30,7 +34,7 @@ class _Kept:
     nexts: dict[str, int]  # request -> position after its last row
     token_ids: torch.Tensor  # [num_tokens]
     positions: torch.Tensor  # [num_tokens]
-    features: torch.Tensor  # [num_tokens, num_taps * hidden_size]
+    features: torch.Tensor  # [num_tokens, num_aux * hidden_size]
 
     def closed_up(self) -> _Kept:
         """Without the rows that no request waits for, if they are more than half."""
@@ -79,7 +83,7 @@ class HeadProgress:
     def follow(
         self,
         req_ids: list[str],
-        tokens: TrueTokens,
+        tokens: AcceptedTokens,
         fed: Bools,  # [num_reqs] requests whose tokens the head will get in this step
     ) -> Bools:
         """Meet the step's requests: new ones with their prefix, and those that were preempted and start over.
@@ -102,7 +106,7 @@ class HeadProgress:
         return np.array([self._next[req_id] > self.context_start(req_id) for req_id in req_ids])
 
     def _meet(
-        self, starting: set[str], req_ids: list[str], tokens: TrueTokens, first: list[int], fed
+        self, starting: set[str], req_ids: list[str], tokens: AcceptedTokens, first: list[int], fed
     ) -> None:
         """Judges those who start by what the head will have seen after this step.
 
@@ -130,10 +134,10 @@ class HeadProgress:
     def advance(
         self,
         req_ids: list[str],
-        tokens: TrueTokens,  # of the step, every request
+        tokens: AcceptedTokens,  # of the step, every request
         feed: Bools,  # [num_reqs] requests whose tokens go to the head now
         keep: Bools,  # [num_reqs] others whose tokens are kept for later
-    ) -> TrueTokens | None:
+    ) -> AcceptedTokens | None:
         """What the head must process for the requests to feed, their kept tokens first; None where there are none."""
         if not self._pending and not self._starts and feed.all():  # most steps
             self._mark(tokens, seen=True)
@@ -156,7 +160,7 @@ class HeadProgress:
         self._mark(tokens, seen=True)
         return with_context_starts(tokens, context_starts, self._block_size)
 
-    def _skip(self, req_ids, tokens: TrueTokens, starts: Ints, ends: Ints, feed, keep) -> None:
+    def _skip(self, req_ids, tokens: AcceptedTokens, starts: Ints, ends: Ints, feed, keep) -> None:
         self._mark(tokens, seen=False, rows=np.repeat(~feed, tokens.num_tokens))
         kept = keep & ~feed
         if not kept.any():
@@ -225,7 +229,7 @@ class HeadProgress:
         self._kept = deque(record.closed_up() for record in self._kept if record.first_row)
         self._kept_bytes = sum(record.features.nbytes for record in self._kept)
 
-    def _mark(self, tokens: TrueTokens, *, seen: bool, rows: Bools | None = None) -> None:
+    def _mark(self, tokens: AcceptedTokens, *, seen: bool, rows: Bools | None = None) -> None:
         blocks = host_blocks_of(tokens, self._block_size)
         self._seen_blocks[blocks if rows is None else blocks[rows]] = seen
 
@@ -239,14 +243,14 @@ class HeadProgress:
 
 def _gather(
     req_ids: list[str],
-    tokens: TrueTokens,
+    tokens: AcceptedTokens,
     fed: Ints,  # [num_fed] places in the step
     starts: Ints,
     ends: Ints,
     pieces: dict[str, list[Piece]],
     nexts: Ints,  # [num_fed] position after each request's last token
     context_starts: Ints,  # [num_fed]
-) -> TrueTokens:
+) -> AcceptedTokens:
     """The tokens of some requests of the step, each after its kept pieces, none from before its context starts."""
     parts: list[Piece] = []
     counts = []
@@ -262,7 +266,7 @@ def _gather(
             skip = max(0, skip - len(part[0]))
     token_ids, positions, features = (torch.cat(column) for column in zip(*parts, strict=True))
     index = torch.from_numpy(fed)
-    return TrueTokens(
+    return AcceptedTokens(
         token_ids=token_ids,
         positions=positions,
         features=features,

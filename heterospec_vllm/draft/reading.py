@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from heterospec_vllm.arrays import Bools, Ints
+from heterospec_vllm.draft.accepted_tokens import AcceptedTokens
 from heterospec_vllm.draft.base import Reading, StepOutput
 from heterospec_vllm.draft.progress import HeadProgress
-from heterospec_vllm.draft.true_tokens import TrueTokens
 from heterospec_vllm.policy.base import DraftPolicy, Scope
 
 
@@ -18,7 +18,9 @@ from heterospec_vllm.policy.base import DraftPolicy, Scope
 class Feed:
     """What the head gets after a step."""
 
-    tokens: TrueTokens | None  # of the requests it reads, kept ones first; None: nothing is read
+    tokens: (
+        AcceptedTokens | None
+    )  # of the requests it reads, kept ones first; None: nothing is read
     places: Ints  # [num_read] those requests, among the step's
     limits: Ints  # [num_read] most nodes of each one's next tree, 0: no draft
     reading: Reading

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """TreeDrafter: how an EAGLE-3 head drafts token trees for a whole batch, one forward pass a level, on any runner.
 
-The first pass feeds the head true tokens (target features and the token that followed each), so its KV pages hold true
-tokens only. Every further level expands the nodes that the policy names. How a pass is run is the business of the
-model runner: ``eagle_v1.py`` for V1, ``eagle_v2.py`` for V2.
+The first pass feeds the head accepted tokens (target features and the token that followed each), so its KV pages hold
+accepted tokens only. Every further level expands the nodes that the policy names. How a pass is run is the business of
+the model runner: ``eagle_v1.py`` for V1, ``eagle_v2.py`` for V2.
 """
 
 from __future__ import annotations
@@ -22,13 +22,8 @@ from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from heterospec_vllm.arrays import Bools, Floats, Ints
-from heterospec_vllm.draft.base import Draft, Drafted, StepOutput
-from heterospec_vllm.draft.growth import Frontier, grow
-from heterospec_vllm.draft.progress import HeadProgress
-from heterospec_vllm.draft.reading import HeadReader
-from heterospec_vllm.draft.taps import TapFusion
-from heterospec_vllm.draft.true_tokens import (
-    TrueTokens,
+from heterospec_vllm.draft.accepted_tokens import (
+    AcceptedTokens,
     context_offsets,
     gather_rows,
     parts_of,
@@ -36,6 +31,11 @@ from heterospec_vllm.draft.true_tokens import (
     slots_of,
     without_start,
 )
+from heterospec_vllm.draft.aux_fusion import AuxFusion
+from heterospec_vllm.draft.base import Draft, Drafted, StepOutput
+from heterospec_vllm.draft.growth import Frontier, grow
+from heterospec_vllm.draft.progress import HeadProgress
+from heterospec_vllm.draft.reading import HeadReader
 from heterospec_vllm.policy.base import Batch, DraftPlan, DraftPolicy, Scope
 from heterospec_vllm.policy.decisions import in_beam
 from heterospec_vllm.timing import CLOCK
@@ -68,8 +68,8 @@ class TreeDrafter:
 
     # ---- what a model runner's side provides
 
-    def _first_pass_of(self, tokens: TrueTokens) -> HeadContext:
-        """Run the head over true tokens that fit its buffers, their KV into its pages."""
+    def _first_pass_of(self, tokens: AcceptedTokens) -> HeadContext:
+        """Run the head over accepted tokens that fit its buffers, their KV into its pages."""
         raise NotImplementedError
 
     @property
@@ -111,7 +111,7 @@ class TreeDrafter:
 
     def weights_changed(self) -> None:
         """Weights of the head, or of the target that it shares, were loaded again: copies are made anew."""
-        self.__dict__.pop("_fuse_taps", None)
+        self.__dict__.pop("_fuse_aux", None)
 
     @property
     def most_children(self) -> int:
@@ -174,7 +174,7 @@ class TreeDrafter:
             return Drafted(feed.reading)
         drafting = np.flatnonzero(feed.limits > 0)  # among those that are read
         ledger = PassLedger(policy, len(tokens.token_ids), tokens.num_tokens.size)
-        with CLOCK.span("draft: true tokens"):
+        with CLOCK.span("draft: accepted tokens"):
             context = self._first_pass(tokens)
         ledger.end_first_pass()
         if not drafting.size:
@@ -214,11 +214,11 @@ class TreeDrafter:
         )
         return Drafted(feed.reading, draft, head_passes=1 + draft.num_levels)
 
-    def _first_pass(self, tokens: TrueTokens) -> HeadContext:
+    def _first_pass(self, tokens: AcceptedTokens) -> HeadContext:
         fits = len(tokens.token_ids) <= self.max_num_tokens
         return self._first_pass_of(tokens) if fits else self._in_parts(tokens)
 
-    def _in_parts(self, tokens: TrueTokens) -> HeadContext:
+    def _in_parts(self, tokens: AcceptedTokens) -> HeadContext:
         """The first pass over more tokens than the head's buffers hold."""
         tokens = self._shortened(tokens)
         parts = parts_of(tokens.num_tokens, self.max_num_tokens)
@@ -227,7 +227,7 @@ class TreeDrafter:
             *(torch.cat([getattr(c, f.name) for c in contexts]) for f in fields(HeadContext))
         )
 
-    def _shortened(self, tokens: TrueTokens) -> TrueTokens:
+    def _shortened(self, tokens: AcceptedTokens) -> AcceptedTokens:
         """Runs the head over the starts of requests that are longer than its buffers and returns what is left."""
         most = self.max_num_tokens
         for req in np.flatnonzero(tokens.num_tokens > most).tolist():
@@ -235,7 +235,7 @@ class TreeDrafter:
             for start in range(0, int(tokens.num_tokens[req]) - most, most):
                 rows = slice(start, start + most)
                 self._first_pass_of(
-                    TrueTokens(
+                    AcceptedTokens(
                         token_ids=alone.token_ids[rows],
                         positions=alone.positions[rows],
                         features=alone.features[rows],
@@ -249,11 +249,11 @@ class TreeDrafter:
         return tokens
 
     @cached_property
-    def _fuse_taps(self) -> TapFusion:
-        return TapFusion(self.model)
+    def _fuse_aux(self) -> AuxFusion:
+        return AuxFusion(self.model)
 
-    def _true_token_metadata(self, tokens: TrueTokens) -> CommonAttentionMetadata:
-        """Causal metadata over the true tokens behind their requests' contexts."""
+    def _accepted_token_metadata(self, tokens: AcceptedTokens) -> CommonAttentionMetadata:
+        """Causal metadata over the accepted tokens behind their requests' contexts."""
         num_tokens = tokens.num_tokens
         start = np.concatenate([[0], tokens.ends])
         query_start_loc = torch.from_numpy(start).int()
@@ -344,11 +344,11 @@ class PassLedger:
 class HeadContext:
     """What the first pass leaves for the levels: the prefix in the pages and the root's output."""
 
-    seq_lens: torch.Tensor  # [num_reqs] int32, true tokens in the head's context
+    seq_lens: torch.Tensor  # [num_reqs] int32, accepted tokens in the head's context
     block_table: torch.Tensor  # [num_reqs, max_blocks] int32, from where it begins
     normed: torch.Tensor  # [num_reqs, hidden_size] for the logits of level 1
     hidden: torch.Tensor  # [num_reqs, hidden_size] fed back into level 1
-    positions: torch.Tensor  # [num_reqs] of each request's last true token
+    positions: torch.Tensor  # [num_reqs] of each request's last accepted token
 
     def take(self, reqs: torch.Tensor) -> HeadContext:
         """The context of some requests."""

@@ -38,7 +38,7 @@ def walked_rows(
     rows,  # [num_reqs, max_emitted] visited rows of each tree
     num_emitted,  # [num_reqs]
 ):
-    """The step's rows that hold true tokens: those before each root and the visited ones; their number by request."""
+    """The step's rows with accepted tokens (those before each root and the visited ones), their number by request."""
     num_reqs = root_rows.size
     num_tokens = np.empty(num_reqs, np.int64)
     total = 0
@@ -81,8 +81,8 @@ class Step:
         return self.trees.take(np.arange(count), self.trees.num_nodes[:count])
 
 
-def true_rows(step: Step, starts: Ints) -> tuple[Ints, Ints]:
-    """(rows of the step that hold true tokens, request by request, number of them for each request)."""
+def accepted_rows(step: Step, starts: Ints) -> tuple[Ints, Ints]:
+    """(rows of the step that hold accepted tokens, request by request, number of them for each request)."""
     if step.walked is None:
         return np.arange(starts[-1]), np.diff(starts)
     assert step.root_rows is not None

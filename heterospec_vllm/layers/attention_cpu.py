@@ -77,7 +77,7 @@ class DraftLevelMetadata:
     """Attention metadata of one draft level: tree nodes see the head's pages and their ancestors in a scratch."""
 
     query_start_loc: torch.Tensor  # [num_reqs + 1] int32
-    context_lens: torch.Tensor  # [num_reqs] int32, true tokens in the head's pages
+    context_lens: torch.Tensor  # [num_reqs] int32, accepted tokens in the head's pages
     block_table: torch.Tensor  # [num_reqs, max_blocks] int32
     tail_index: (
         torch.Tensor

@@ -24,7 +24,7 @@ class TargetFacts:
     vocab_size: int
     num_hidden_layers: int
     head_size: int
-    exposes_taps: bool = True
+    exposes_aux_hidden_states: bool = True
     generates: bool = True
     hybrid: bool = False
     attention_free: bool = False
@@ -134,8 +134,8 @@ def _target_reasons(target: TargetFacts, platform: str) -> Iterator[str]:
         yield "enable_prompt_embeds: found True, allowed: False"
     if target.logits_processors:
         yield "logits_processors: found custom ones, allowed: none"
-    if not target.exposes_taps:
+    if not target.exposes_aux_hidden_states:
         yield (
-            f"{model}: found no tap states, allowed: a model class with vLLM's "
+            f"{model}: found no aux hidden states, allowed: a model class with vLLM's "
             "SupportsEagle3 interface"
         )

@@ -38,7 +38,7 @@ def target_facts(model_config: Any) -> TargetFacts:
         vocab_size=model_config.get_vocab_size(),
         num_hidden_layers=model_config.get_total_num_hidden_layers(),
         head_size=model_config.get_head_size(),
-        exposes_taps=bool(getattr(model_class, "supports_eagle3", False)),
+        exposes_aux_hidden_states=bool(getattr(model_class, "supports_eagle3", False)),
         generates=model_config.runner_type == "generate",
         hybrid=model_config.is_hybrid or model_config.has_inner_state,
         attention_free=model_config.is_attention_free,

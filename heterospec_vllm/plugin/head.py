@@ -15,7 +15,7 @@ from heterospec_vllm.plugin.checks import CPU_HEAD_SIZES, EngineFacts, head_size
 from heterospec_vllm.plugin.head_schema import HeadConfig, allowed_at, contradictions
 from heterospec_vllm.plugin.weights_header import shown, weight_files
 
-# Heads that are one vLLM EAGLE-3 decoder over tap states of the target.
+# Heads that are one vLLM EAGLE-3 decoder over aux hidden states of the target.
 ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "Eagle3Qwen3ForCausalLM")
 # Early EAGLE-3 heads carry their decoder's plain name; the draft vocabulary tells them apart.
 _UNMARKED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen3ForCausalLM")
@@ -224,8 +224,8 @@ def _require_readable(config: Mapping[str, Any], source: str) -> None:
 def _misfits(head: HeadConfig, facts: EngineFacts) -> Iterator[tuple[str, str]]:
     """(found, allowed) of what does not fit the target."""
     target = facts.target
-    if head.tap_size != target.hidden_size:
-        yield f"a head for hidden size {head.tap_size}", f"{target.hidden_size}, the target's"
+    if head.aux_size != target.hidden_size:
+        yield f"a head for hidden size {head.aux_size}", f"{target.hidden_size}, the target's"
     if head.vocab_size != target.vocab_size:
         yield (
             f"a head for a vocabulary of {head.vocab_size}",
@@ -244,20 +244,20 @@ def _misfits(head: HeadConfig, facts: EngineFacts) -> Iterator[tuple[str, str]]:
         # vLLM would give such a head KV blocks of its own.
         yield f"a head with layers of {shown(', '.join(partial))}", "full_attention"
     if not head.eagle_config.use_aux_hidden_state:
-        yield "use_aux_hidden_state false", "a head that reads tap states"
-    yield from _tap_misfits(head, target.num_hidden_layers)
+        yield "use_aux_hidden_state false", "a head that reads aux hidden states"
+    yield from _aux_misfits(head, target.num_hidden_layers)
 
 
-def _tap_misfits(head: HeadConfig, num_layers: int) -> Iterator[tuple[str, str]]:
+def _aux_misfits(head: HeadConfig, num_layers: int) -> Iterator[tuple[str, str]]:
     nested = head.eagle_config.eagle_aux_hidden_state_layer_ids
     # Without a list vLLM takes these of a target that names no layers of its own.
     default = [2, num_layers // 2, num_layers - 3]
     taps = head.eagle_aux_hidden_state_layer_ids or nested or default
-    if len(taps) != head.num_taps:
-        yield f"the tap layers {shown(taps)}", f"{head.num_taps} layers"
+    if len(taps) != head.num_aux:
+        yield f"the aux layers {shown(taps)}", f"{head.num_aux} layers"
     # vLLM taps in layer order, so another order would swap the head's inputs.
     if taps != sorted(set(taps)) or taps[0] < 0 or taps[-1] > num_layers:
         yield (
-            f"the tap layers {shown(taps)}",
+            f"the aux layers {shown(taps)}",
             f"rising layers from 0 to {num_layers}, the target's",
         )

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field
 
 _QWEN3 = ("Eagle3Qwen3ForCausalLM", "Qwen3ForCausalLM")
-_NUM_DEFAULT_TAPS = 3
+_NUM_DEFAULT_AUX = 3
 
 
 def _words(allowed: str) -> dict[str, Any]:
@@ -67,7 +67,7 @@ class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True)
 
 
-class _TapConfig(_Strict):
+class _AuxConfig(_Strict):
     """The `eagle_config` of a head's config.json."""
 
     use_aux_hidden_state: bool = _told(_FLAG, True)
@@ -132,7 +132,7 @@ class HeadConfig(_Strict):
     num_aux_layers: int | None = _size(None, most=1024)
     layer_types: list[str] | None = _told("a list of names")
     eagle_aux_hidden_state_layer_ids: list[int] | None = _told(_LAYERS)
-    eagle_config: _TapConfig = _told("an object", _TapConfig())
+    eagle_config: _AuxConfig = _told("an object", _AuxConfig())
 
     hidden_act: Literal["silu"] = "silu"
     rms_norm_eps: float = _positive()
@@ -170,19 +170,19 @@ class HeadConfig(_Strict):
         return None if rope is None else rope.num_positions(positions)
 
     @property
-    def tap_size(self) -> int:
+    def aux_size(self) -> int:
         """Of the target's hidden states."""
         return self.target_hidden_size or self.hidden_size
 
     @property
-    def num_taps(self) -> int:
+    def num_aux(self) -> int:
         """Hidden states that the head reads, side by side; whatever layers are listed."""
         nested = self.eagle_config.eagle_aux_hidden_state_layer_ids
         stated = self.num_aux_hidden_states
         if self.is_qwen3:
             stated = self.num_aux_layers or stated
             nested = self.eagle_aux_hidden_state_layer_ids or nested
-        return stated or (len(nested) if nested else _NUM_DEFAULT_TAPS)
+        return stated or (len(nested) if nested else _NUM_DEFAULT_AUX)
 
 
 def allowed_at(location: tuple[Any, ...]) -> str:

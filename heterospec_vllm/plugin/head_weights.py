@@ -227,7 +227,7 @@ def _matrices(head: HeadConfig) -> Iterator[tuple[str, Shape]]:
         yield f"{mlp}up_proj", (inner, hidden)
         yield f"{mlp}gate_up_proj", (both, hidden)
         yield f"{mlp}down_proj", (hidden, inner)
-    yield "fc", (hidden, head.num_taps * head.tap_size)
+    yield "fc", (hidden, head.num_aux * head.aux_size)
     yield "embed_tokens", (head.vocab_size, hidden)
     yield "lm_head", (head.draft_vocab_size or head.vocab_size, hidden)
 
@@ -241,10 +241,10 @@ def _norms(head: HeadConfig) -> Iterator[tuple[str, Shape]]:
             yield f"layers.{i}.self_attn.k_norm", (head.head_size,)
     yield "norm", (head.hidden_size,)
     if head.fc_norm:
-        for i in range(head.num_taps):
-            yield f"fc_norm.{i}", (head.tap_size,)
+        for i in range(head.num_aux):
+            yield f"fc_norm.{i}", (head.aux_size,)
     if _norms_before_fc(head):
-        yield "input_norm", (head.num_taps * head.tap_size,)
+        yield "input_norm", (head.num_aux * head.aux_size,)
 
 
 def _norms_before_fc(head: HeadConfig) -> bool:

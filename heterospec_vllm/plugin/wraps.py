@@ -149,7 +149,7 @@ def _with_profile(ours: config.HeteroSpecConfig, target: str) -> config.HeteroSp
 
 
 def _eagle3_config(ours: config.HeteroSpecConfig) -> dict[str, Any]:
-    """What vLLM is told: an ordinary eagle3 method, so that its lookahead slots, tap states and
+    """What vLLM is told: an ordinary eagle3 method, so that its lookahead slots, aux hidden states and
     head loading work."""
     num_tokens = ours.num_lookahead_tokens
     return {

@@ -145,7 +145,7 @@ class Learner:
         """A step that speculated for everybody or for nobody, without prompts and catching up."""
 
     def observe_first_pass(self, num_tokens: int, seconds: float) -> None:
-        """The head's pass over true tokens, its logits included."""
+        """The head's pass over accepted tokens, its logits included."""
 
     def observe_reading(self, num_tokens: int, num_reqs: int, seconds: float) -> None:
         """Seconds of a head pass over ``num_tokens`` tokens of ``num_reqs`` requests, also when no draft followed."""

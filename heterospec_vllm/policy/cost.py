@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a step costs on this machine now: seconds by number of tokens, learned from every step.
 
-Three tables: the target's step by the tokens it verifies, the head's pass over true tokens, and a draft level by the
-nodes it expands. Each is piecewise linear between fixed knots and never falls. There are no built-in costs: values come
-from a profile or from the measurement at start-up (``runners/measure.py``), and every step corrects them.
+Three tables: the target's step by the tokens it verifies, the head's pass over accepted tokens, and a draft level by
+the nodes it expands. Each is piecewise linear between fixed knots and never falls. There are no built-in costs: values
+come from a profile or from the measurement at start-up (``runners/measure.py``), and every step corrects them.
 """
 
 from __future__ import annotations

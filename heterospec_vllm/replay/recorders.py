@@ -76,10 +76,10 @@ class TraceRecorder:
     pools: list[CandidatePool] = field(default_factory=list)
 
     def record(self, names: list[str], pool: CandidatePool, tokens, drafting: Ints) -> None:
-        """One draft of a batch: ``tokens`` are the true tokens of all fed requests."""
+        """One draft of a batch: ``tokens`` are the accepted tokens of all fed requests."""
         ends = np.cumsum(tokens.num_tokens)[drafting] - 1
         self.names += names
-        # The root is the token that follows the last true token.
+        # The root is the token that follows the last accepted token.
         self.positions += (tokens.positions.numpy()[ends] + 1).tolist()
         self.pools.append(pool)
 

@@ -24,11 +24,11 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
 from heterospec_vllm.arrays import Ints
+from heterospec_vllm.draft.accepted_tokens import AcceptedTokens, gather_rows
 from heterospec_vllm.draft.base import StepOutput
 from heterospec_vllm.draft.eagle_v1 import EagleDrafterV1
-from heterospec_vllm.draft.true_tokens import TrueTokens, gather_rows
 from heterospec_vllm.engine.seeds import ArrivalSeeds
-from heterospec_vllm.engine.step import Step, prompt_left, true_rows, without_speculation
+from heterospec_vllm.engine.step import Step, accepted_rows, prompt_left, without_speculation
 from heterospec_vllm.kernels.cpu.library import is_available
 from heterospec_vllm.layers.attention_cpu import (
     PIECE_ROWS,
@@ -341,7 +341,7 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
                 self._prompt_left(),
                 [tokens[-1] if tokens else None for tokens in outputs],
             )
-            tokens = self._true_tokens(
+            tokens = self._accepted_tokens(
                 scheduler_output, sampled_token_ids, aux_hidden_states, common_attn_metadata
             )
             output = StepOutput(req_ids, tokens, demand, self._temperatures())
@@ -356,13 +356,13 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
             self.query_start_loc.np,
         )
 
-    def _true_tokens(
+    def _accepted_tokens(
         self,
         scheduler_output: SchedulerOutput,
         sampled_token_ids: list[list[int]],
         aux_hidden_states: list[torch.Tensor],
         common_attn_metadata,
-    ) -> TrueTokens:
+    ) -> AcceptedTokens:
         """All rows of requests that verified nothing, the walked rows of the others."""
         num_reqs = self.input_batch.num_reqs
         next_token_ids = self.drafter.prepare_next_token_ids_cpu(
@@ -372,9 +372,9 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
             scheduler_output.num_scheduled_tokens,
         )
         starts = self.query_start_loc.np[: num_reqs + 1].astype(np.int64)
-        rows, num_tokens = true_rows(self._step, starts)
+        rows, num_tokens = accepted_rows(self._step, starts)
         token_ids, positions = self.input_ids.np, self.positions.numpy()
-        return TrueTokens(
+        return AcceptedTokens(
             # Copies: vLLM's buffers are filled again.
             token_ids=torch.from_numpy(token_ids[rows]),
             positions=torch.from_numpy(positions[rows]),

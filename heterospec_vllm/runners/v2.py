@@ -21,10 +21,10 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.spec_decode.eagle.eagle3_utils import get_eagle3_aux_layers_from_config
 
 from heterospec_vllm.arrays import Ints
+from heterospec_vllm.draft.accepted_tokens import AcceptedTokens
 from heterospec_vllm.draft.base import StepOutput
 from heterospec_vllm.draft.eagle_v2 import EagleDrafterV2, tree_reason_of
-from heterospec_vllm.draft.true_tokens import TrueTokens
-from heterospec_vllm.engine.step import Step, true_rows
+from heterospec_vllm.engine.step import Step, accepted_rows
 from heterospec_vllm.kernels.gpu.kv_compact import KVLayers
 from heterospec_vllm.layers.attention_gpu import StepTrees, TreeBuilder
 from heterospec_vllm.plugin.head import load as head_config
@@ -55,7 +55,7 @@ class HeteroSpecGPUModelRunner(SpeculatingRunner, GPUModelRunner):
             super().load_model(*args, **kwargs)
         nested = head_config(self._config.model).eagle_config.eagle_aux_hidden_state_layer_ids
         if nested and get_eagle3_aux_layers_from_config(self.speculative_config) is None:
-            # V2 does not look where V1 finds a head's tap layers, and takes default ones.
+            # V2 does not look where V1 finds a head's aux layers, and takes default ones.
             self.model.set_aux_hidden_state_layers(tuple(nested))
         assert self.sampler is not None
         self.scorer = DeviceScorer(self.sampler)
@@ -248,7 +248,7 @@ class HeteroSpecGPUModelRunner(SpeculatingRunner, GPUModelRunner):
         """Called by the speculator in place of its own drafting."""
         req_ids = input_batch.req_ids
         starts = input_batch.query_start_loc_np[: len(req_ids) + 1].astype(np.int64)
-        rows, num_tokens = true_rows(self._step, starts)
+        rows, num_tokens = accepted_rows(self._step, starts)
         computed = input_batch.num_computed_tokens_np.astype(np.int64)
         # A request whose prompt is not read to its end emits nothing yet.
         emits = computed + np.diff(starts) >= input_batch.prefill_len_np
@@ -262,20 +262,20 @@ class HeteroSpecGPUModelRunner(SpeculatingRunner, GPUModelRunner):
         )
         fits = true_lens <= self.speculator.max_context()
         demand = demand.only(fits & wanted)
-        tokens = self._true_tokens(input_batch, aux_hidden_states, rows, num_tokens, emits)
+        tokens = self._accepted_tokens(input_batch, aux_hidden_states, rows, num_tokens, emits)
         with CLOCK.span("draft"):
             output = StepOutput(req_ids, tokens, demand, self._temperatures(input_batch))
             drafts = self.controller.draft(output, self._step.num_tokens)
         self._drafts = DraftTokenIds(req_ids, drafts)
 
-    def _true_tokens(
+    def _accepted_tokens(
         self,
         input_batch: InputBatch,
         aux_hidden_states: list[torch.Tensor],
-        rows: Ints,  # [num_true_tokens] of the step
+        rows: Ints,  # [num_accepted_tokens] of the step
         num_tokens: Ints,  # [num_reqs]
         emits: np.ndarray,  # [num_reqs] bool
-    ) -> TrueTokens:
+    ) -> AcceptedTokens:
         states = input_batch.idx_mapping
         index = torch.from_numpy(rows).to(self.device)
         next_token_ids = torch.where(
@@ -284,7 +284,7 @@ class HeteroSpecGPUModelRunner(SpeculatingRunner, GPUModelRunner):
             self.req_states.next_prefill_tokens[0, states],
         )
         table = self.block_tables.input_block_tables[self.speculator.kv_cache_gid]
-        return TrueTokens(
+        return AcceptedTokens(
             token_ids=input_batch.input_ids[index],
             positions=input_batch.positions[index],
             features=torch.cat([hidden[index] for hidden in aux_hidden_states], dim=-1),

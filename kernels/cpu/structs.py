@@ -23,7 +23,7 @@ STRUCTS = {
         "ArgmaxArguments": "4q3Q",  # argmax.hpp
         "CompactArguments": "9q3Q",  # kv_compact.hpp
         "PackedLinearArguments": "5q4Q",  # packed_linear_arguments.hpp
-        "TapArguments": "5qd4Q",  # tap_fusion.hpp
+        "AuxFusionArguments": "5qd4Q",  # aux_fusion.hpp
         "TopArguments": "5q5Q",  # top_tokens.hpp
         "WalkArguments": "6q11Q",  # walk.hpp
     }.items()

@@ -3,13 +3,13 @@
 #include <cstring>
 
 #include "argmax.hpp"
+#include "aux_fusion.hpp"
 #include "gather_rows.hpp"
 #include "head_layer.hpp"
 #include "kv_compact.hpp"
 #include "packed_linear.hpp"
 #include "parallel_attend.hpp"
 #include "product_speed.hpp"
-#include "tap_fusion.hpp"
 #include "threads.hpp"
 #include "top_tokens.hpp"
 #include "walk.hpp"
@@ -70,12 +70,12 @@ struct NamedSize {
 
 #define HETEROSPEC_SIZE(type) {#type, sizeof(heterospec::type)}
 constexpr NamedSize kSizes[] = {
-    HETEROSPEC_SIZE(LayerArguments),   HETEROSPEC_SIZE(RequestArguments),
-    HETEROSPEC_SIZE(RowArguments),     HETEROSPEC_SIZE(HeadWeights),
-    HETEROSPEC_SIZE(HeadInputs),       HETEROSPEC_SIZE(GatherArguments),
-    HETEROSPEC_SIZE(RowSource),        HETEROSPEC_SIZE(ArgmaxArguments),
-    HETEROSPEC_SIZE(CompactArguments), HETEROSPEC_SIZE(PackedLinearArguments),
-    HETEROSPEC_SIZE(TapArguments),     HETEROSPEC_SIZE(TopArguments),
+    HETEROSPEC_SIZE(LayerArguments),     HETEROSPEC_SIZE(RequestArguments),
+    HETEROSPEC_SIZE(RowArguments),       HETEROSPEC_SIZE(HeadWeights),
+    HETEROSPEC_SIZE(HeadInputs),         HETEROSPEC_SIZE(GatherArguments),
+    HETEROSPEC_SIZE(RowSource),          HETEROSPEC_SIZE(ArgmaxArguments),
+    HETEROSPEC_SIZE(CompactArguments),   HETEROSPEC_SIZE(PackedLinearArguments),
+    HETEROSPEC_SIZE(AuxFusionArguments), HETEROSPEC_SIZE(TopArguments),
     HETEROSPEC_SIZE(WalkArguments),
 };
 #undef HETEROSPEC_SIZE
@@ -112,9 +112,9 @@ HETEROSPEC_EXPORT int heterospec_top_tokens(const heterospec::TopArguments* args
 }
 
 // Returns 0, or 1 for a dtype code it does not know.
-HETEROSPEC_EXPORT int heterospec_fuse_taps(const heterospec::TapArguments* args) {
+HETEROSPEC_EXPORT int heterospec_fuse_aux(const heterospec::AuxFusionArguments* args) {
   return by_dtype(args->dtype, [&](auto type, auto left) {
-    heterospec::fuse_taps<decltype(type), decltype(left)>(*args);
+    heterospec::fuse_aux<decltype(type), decltype(left)>(*args);
   });
 }
 

@@ -303,14 +303,14 @@ def packed_linear(
     return out if bias is None else out + bias.double()
 
 
-def tap_fusion(
+def aux_fusion(
     features: torch.Tensor,
     norms: torch.Tensor | None,
-    # [num_columns, num_taps * tap_size], as checkpoints hold it
+    # [num_columns, num_aux * aux_size], as checkpoints hold it
     weight: torch.Tensor,
     epsilon: float,
 ) -> torch.Tensor:
-    """What `tap_fusion_cpu` computes, in float64."""
+    """What `aux_fusion_cpu` computes, in float64."""
     taps = features.double()
     if norms is not None:
         taps = taps.unflatten(1, tuple(norms.shape))

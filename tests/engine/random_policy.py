@@ -62,7 +62,7 @@ def install(
 ) -> None:
     """Give the engine of this process the random policy (through ``LLM.collective_rpc``).
 
-    kept_bytes: of the tap states kept for later; with little room the head's contexts begin late.
+    kept_bytes: of the aux hidden states kept for later; with little room the head's contexts begin late.
     """
     controller = worker.model_runner.controller
     controller.policy = RandomPolicy(TreeShape(num_nodes, max_depth, top_k), seed)

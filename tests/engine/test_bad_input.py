@@ -226,7 +226,10 @@ def test_target_is_a_speculators_head(target: Path, tmp_path: Path) -> None:
         ({"eagle_aux_hidden_state_layer_ids": [2, 2, 4]}, ["[2, 2, 4]", "rising layers"]),
         ({"eagle_aux_hidden_state_layer_ids": [4, 2, 5]}, ["[4, 2, 5]", "rising layers"]),
         ({"num_aux_hidden_states": 2}, ["[2, 4, 5]", "allowed: 2 layers"]),
-        ({"eagle_config": {"use_aux_hidden_state": False}}, ["use_aux_hidden_state", "tap states"]),
+        (
+            {"eagle_config": {"use_aux_hidden_state": False}},
+            ["use_aux_hidden_state", "aux hidden states"],
+        ),
         ({"head_dim": 32}, ["head size 32", "64, 96, 128"]),
         (
             {"layer_types": ["sliding_attention"], "sliding_window": 64},
@@ -272,7 +275,7 @@ def test_head_that_no_hub_serves(target: Path) -> None:
         ({"head_dim": 32}, ["LlamaForCausalLM", "head size 32", "64, 96, 128"]),
         (
             {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"},
-            ["GPT2LMHeadModel", "no tap states", "SupportsEagle3"],
+            ["GPT2LMHeadModel", "no aux hidden states", "SupportsEagle3"],
         ),
         (
             {

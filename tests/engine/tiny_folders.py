@@ -42,13 +42,13 @@ def write_target(folder: Path, **changes: Any) -> Path:
 def write_head(folder: Path, **changes: Any) -> Path:
     """An EAGLE-3 head for that target."""
     config = {**HEAD, **changes}
-    draft_vocab, num_taps = config["draft_vocab_size"], config.get("num_aux_hidden_states", 3)
+    draft_vocab, num_aux = config["draft_vocab_size"], config.get("num_aux_hidden_states", 3)
     if not isinstance(draft_vocab, int):
         draft_vocab = TARGET["vocab_size"]
-    return _write(folder, config, head_tensors(draft_vocab, num_taps))
+    return _write(folder, config, head_tensors(draft_vocab, num_aux))
 
 
-def head_tensors(draft_vocab: int = 256, num_taps: int = 3) -> dict[str, np.ndarray]:
+def head_tensors(draft_vocab: int = 256, num_aux: int = 3) -> dict[str, np.ndarray]:
     """By the names and in the shapes that vLLM's EAGLE-3 Llama class loads for `HEAD`."""
     shapes = {
         "midlayer.self_attn.q_proj": (128, 256),
@@ -62,7 +62,7 @@ def head_tensors(draft_vocab: int = 256, num_taps: int = 3) -> dict[str, np.ndar
         "midlayer.input_layernorm": (128,),
         "midlayer.post_attention_layernorm": (128,),
         "norm": (128,),
-        "fc": (128, 128 * num_taps),
+        "fc": (128, 128 * num_aux),
         "lm_head": (draft_vocab, 128),
     }
     tensors: dict[str, np.ndarray] = {

@@ -109,7 +109,7 @@ def _assert_equal(weights: HeadLayerWeights, case: dict) -> None:
         )
 
 
-@pytest.mark.parametrize("paged", [False, True], ids=["level", "true tokens"])
+@pytest.mark.parametrize("paged", [False, True], ids=["level", "accepted tokens"])
 @pytest.mark.parametrize("dtype", list(TOLERANCES))
 @pytest.mark.parametrize(
     ("contexts", "width", "max_tail"),

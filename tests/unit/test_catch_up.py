@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from heterospec_vllm.draft.accepted_tokens import AcceptedTokens, slots_of, split_last
 from heterospec_vllm.draft.progress import HeadProgress
-from heterospec_vllm.draft.true_tokens import TrueTokens, slots_of, split_last
 
 BLOCK = 4
-WIDTH = 3  # of the tap states
+WIDTH = 3  # of the aux hidden states
 TOKEN_BYTES = WIDTH * 4
 
 
@@ -24,11 +24,11 @@ def feature_of(name: str, position: int) -> list[float]:
     return [token_of(name, position) + 0.25 * i for i in range(WIDTH)]
 
 
-def step_of(parts: dict[str, tuple[int, int, list[int]]]) -> TrueTokens:
+def step_of(parts: dict[str, tuple[int, int, list[int]]]) -> AcceptedTokens:
     """A step over some requests: position of the first token, number of tokens, blocks."""
     places = [(name, first + i) for name, (first, n, _) in parts.items() for i in range(n)]
     most = max(len(blocks) for _, _, blocks in parts.values())
-    return TrueTokens(
+    return AcceptedTokens(
         token_ids=torch.tensor([token_of(*place) for place in places]),
         positions=torch.tensor([position for _, position in places]),
         features=torch.tensor([feature_of(*place) for place in places]),
@@ -341,7 +341,7 @@ class World:
             assert pending == waiting if start == 0 else max(0, waiting) <= pending
             assert start == 0 or pending < max(0, waiting) + BLOCK
 
-    def check(self, names: list[str], feed: np.ndarray, fed: TrueTokens | None) -> None:
+    def check(self, names: list[str], feed: np.ndarray, fed: AcceptedTokens | None) -> None:
         """Each fed request gets all that the head has not seen of it, in text order, from its context's start on."""
         places = []
         for name, is_fed in zip(names, feed.tolist(), strict=True):

@@ -20,7 +20,10 @@ ENGINE = EngineFacts(target=TARGET, parallel_sizes={"tensor_parallel_size": 1})
 
 TARGET_FAULTS: dict[str, tuple[Any, str]] = {
     "head_size": (80, "head size 80, allowed on CPU: 64, 96, 128"),
-    "exposes_taps": (False, "no tap states, allowed: a model class with vLLM's SupportsEagle3"),
+    "exposes_aux_hidden_states": (
+        False,
+        "no aux hidden states, allowed: a model class with vLLM's SupportsEagle3",
+    ),
     "generates": (False, "a pooling runner"),
     "hybrid": (True, "a recurrent state"),
     "attention_free": (True, "a recurrent state"),

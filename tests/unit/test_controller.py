@@ -4,10 +4,10 @@
 import numpy as np
 import torch
 
+from heterospec_vllm.draft.accepted_tokens import AcceptedTokens
 from heterospec_vllm.draft.base import Drafted, StepOutput
 from heterospec_vllm.draft.progress import HeadProgress
 from heterospec_vllm.draft.reading import HeadReader
-from heterospec_vllm.draft.true_tokens import TrueTokens
 from heterospec_vllm.engine.controller import Controller
 from heterospec_vllm.policy.base import Cycle, Demand, PlainPolicy
 from heterospec_vllm.policy.decisions import TreeShape
@@ -39,7 +39,7 @@ class Heard(PlainPolicy):
 
 def draft_for_one(controller: Controller, first: int, count: int, demand: Demand) -> None:
     """The end of a step over some tokens of one request."""
-    tokens = TrueTokens(
+    tokens = AcceptedTokens(
         token_ids=torch.full((count,), 5),
         positions=torch.arange(first, first + count),
         features=torch.zeros(count, 3),

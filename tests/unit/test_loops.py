@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from made_up_trees import from_parents
 
 from heterospec_vllm.arrays import NO_ROW
+from heterospec_vllm.draft.accepted_tokens import accepted_rows, firsts_and_context, true_blocks
 from heterospec_vllm.draft.growth import children, level_positions, pack_frontier
-from heterospec_vllm.draft.true_tokens import firsts_and_context, true_blocks, true_rows
 from heterospec_vllm.engine.step import prompt_left, walked_rows
 from heterospec_vllm.policy.decisions import inherit, within
 from heterospec_vllm.policy.survival import KNOTS, NodeFeatures, SurvivalTables, along_paths
@@ -145,7 +145,7 @@ def test_true_rows(seed: int, counts: list[int], block_size: int) -> None:
     table = rng.integers(0, 99, (len(counts), 13)).astype(np.int32)
     token_ids = rng.integers(0, 99, positions.size).astype(np.int32)
     nexts = rng.integers(0, 99, len(counts)).astype(np.int32)
-    start, context_lens, before, slots, following, seq_lens = true_rows(
+    start, context_lens, before, slots, following, seq_lens = accepted_rows(
         np.array(counts), positions, table[:, :12], block_size, token_ids, nexts
     )
     expected = np.roll(token_ids, -1)

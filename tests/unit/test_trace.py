@@ -12,7 +12,7 @@ import torch
 from fake_drafter import batch_of, depths_of, draft
 
 from heterospec_vllm.arrays import NO_ROW
-from heterospec_vllm.draft.true_tokens import TrueTokens
+from heterospec_vllm.draft.accepted_tokens import AcceptedTokens
 from heterospec_vllm.policy.decisions import TreeShape
 from heterospec_vllm.replay import trace as trace_module
 from heterospec_vllm.replay.recorders import CostRecorder, TracePolicy, TraceRecorder
@@ -134,9 +134,9 @@ def pool(width: int, first: int = 0) -> CandidatePool:
     return CandidatePool(columns, -floats, floats, columns, floats, columns - 1, columns % 3)
 
 
-def true_tokens(counts: list[int], positions: list[int]) -> TrueTokens:
+def accepted_tokens(counts: list[int], positions: list[int]) -> AcceptedTokens:
     total = sum(counts)
-    return TrueTokens(
+    return AcceptedTokens(
         token_ids=torch.zeros(total, dtype=torch.int64),
         positions=torch.tensor(positions),
         features=torch.zeros(total, 1),
@@ -150,12 +150,14 @@ def true_tokens(counts: list[int], positions: list[int]) -> TrueTokens:
 def test_recorded_drafts_are_padded_to_the_widest() -> None:
     recorder = TraceRecorder()
     # Three requests were fed, the first and the last drafted for.
-    fed = true_tokens([2, 1, 3], [4, 5, 9, 0, 1, 2])
+    fed = accepted_tokens([2, 1, 3], [4, 5, 9, 0, 1, 2])
     recorder.record(["a", "b"], pool(2), fed, np.array([0, 2]))
-    recorder.record(["a", "b"], pool(3, first=10), true_tokens([1, 1], [6, 3]), np.array([0, 1]))
+    recorder.record(
+        ["a", "b"], pool(3, first=10), accepted_tokens([1, 1], [6, 3]), np.array([0, 1])
+    )
     found = recorder.arrays()
     assert found["names"] == ["a", "b", "a", "b"]
-    assert found["position"].tolist() == [6, 3, 7, 4], "the root follows the last true token"
+    assert found["position"].tolist() == [6, 3, 7, 4], "the root follows the last accepted token"
     assert found["tokens"].tolist() == [[0, 1, 0], [2, 3, 0], [10, 11, 12], [13, 14, 15]]
     assert found["log_probs"][:2, 2].tolist() == [NONE, NONE]
     assert found["parents"].tolist() == [[-1, 0, -1], [1, 2, -1], [9, 10, 11], [12, 13, 14]]

@@ -62,7 +62,7 @@ def test_drafts_are_those_of_the_library():
             document_ids=torch.zeros(1, length, dtype=torch.long),
             ttt_steps=3,
         )
-    # Say the library's drafts are the true tokens: then every draft of ours must hit.
+    # Say the library's drafts are the accepted tokens: then every draft of ours must hit.
     for step in range(3):
         truth = torch.full((1, length + 1), -1)
         truth[0, 2 + step :] = drafts[step][0, : length - 1 - step]
@@ -80,7 +80,7 @@ def test_drafts_are_those_of_the_library():
 
 
 def all_ranks(head: Eagle3Head, batch: TrainingBatch, step: int) -> torch.Tensor:
-    """Ranks of the true tokens at ``step`` (the last one run), nothing dropped before it."""
+    """Ranks of the accepted tokens at ``step`` (the last one run), nothing dropped before it."""
     from heterospec_vllm.training import model
 
     seen = []

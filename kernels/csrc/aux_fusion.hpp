@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A target's tap states on their way into the draft head: each tap normed on its own, then one
+// A target's aux hidden states on their way into the draft head: each tap normed on its own, then one
 // linear layer over all of them.
 #pragma once
 
@@ -9,33 +9,33 @@
 namespace heterospec {
 
 // Field order and sizes are those in structs.py. Matrices are contiguous, the weight is packed.
-struct TapArguments {
-  int64_t dtype, num_rows, num_taps, tap_size, num_columns;
+struct AuxFusionArguments {
+  int64_t dtype, num_rows, num_aux, aux_size, num_columns;
   double epsilon;
-  const void *features, *norms, *weight;  // norms: [num_taps, tap_size], or null for none
+  const void *features, *norms, *weight;  // norms: [num_aux, aux_size], or null for none
   void* fused;                            // [num_rows, num_columns], written
 };
-static_assert(sizeof(TapArguments) == 80);
+static_assert(sizeof(AuxFusionArguments) == 80);
 
 // L: what rows are multiplied as, bfloat16 for products of pairs.
 template <typename T, typename L>
-void fuse_taps(const TapArguments& args) {
+void fuse_aux(const AuxFusionArguments& args) {
   static thread_local Buffer<L> lefts;
   static thread_local Buffer<float> floats;
-  const int64_t depth = args.num_taps * args.tap_size;
+  const int64_t depth = args.num_aux * args.aux_size;
   L* left = lefts.at_least(whole_tiles(args.num_rows) * depth);
   float* sums = floats.at_least(whole_tiles(args.num_rows) * args.num_columns);
   const T* features = static_cast<const T*>(args.features);
   const T* norms = static_cast<const T*>(args.norms);
 #pragma omp parallel
   {
-    for (Share s(args.num_rows * args.num_taps); s.begin < s.end; ++s.begin) {
-      const int64_t at = s.begin * args.tap_size;
+    for (Share s(args.num_rows * args.num_aux); s.begin < s.end; ++s.begin) {
+      const int64_t at = s.begin * args.aux_size;
       if (norms != nullptr)
-        rms_norm(features + at, norms + s.begin % args.num_taps * args.tap_size, left + at,
-                 args.tap_size, float(args.epsilon));
+        rms_norm(features + at, norms + s.begin % args.num_aux * args.aux_size, left + at,
+                 args.aux_size, float(args.epsilon));
       else
-        convert(features + at, left + at, args.tap_size);
+        convert(features + at, left + at, args.aux_size);
     }
 #pragma omp barrier
     project(left, depth, args.num_rows, static_cast<const T*>(args.weight), depth, args.num_columns,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A target's tap states made into the draft head's input, in one call on CPU (C++, csrc/)."""
+"""A target's aux hidden states made into the draft head's input, in one call on CPU (C++, csrc/)."""
 
 import torch
 
@@ -7,7 +7,7 @@ from .library import DTYPE_CODES, c_entry
 from .packed_linear import LANES, size_of
 from .structs import STRUCTS
 
-_PACK = STRUCTS["TapArguments"].pack
+_PACK = STRUCTS["AuxFusionArguments"].pack
 
 
 def misfit(norms: torch.Tensor | None, packed: torch.Tensor) -> str | None:
@@ -16,16 +16,16 @@ def misfit(norms: torch.Tensor | None, packed: torch.Tensor) -> str | None:
     if norms is not None and (
         norms.dtype != packed.dtype or norms.numel() != depth or norms.shape[1] % LANES
     ):
-        return f"the tap norms are {norms.dtype} {tuple(norms.shape)} for {depth} inputs"
+        return f"the aux norms are {norms.dtype} {tuple(norms.shape)} for {depth} inputs"
     return None
 
 
-def tap_fusion_cpu(
-    # [num_rows, num_taps * tap_size], contiguous
+def aux_fusion_cpu(
+    # [num_rows, num_aux * aux_size], contiguous
     features: torch.Tensor,
-    # [num_taps, tap_size], contiguous; None: taps are taken as they are
+    # [num_aux, aux_size], contiguous; None: taps are taken as they are
     norms: torch.Tensor | None,
-    # [num_columns, num_taps * tap_size], packed
+    # [num_columns, num_aux * aux_size], packed
     packed: torch.Tensor,
     epsilon: float,
 ) -> torch.Tensor:
@@ -35,16 +35,16 @@ def tap_fusion_cpu(
         LibraryUnavailable: the kernel cannot be built.
     """
     num_columns, depth = size_of(packed)
-    num_taps, tap_size = (1, depth) if norms is None else norms.shape
+    num_aux, aux_size = (1, depth) if norms is None else norms.shape
     assert features.is_contiguous() and packed.is_contiguous() and features.dtype == packed.dtype
-    assert features.shape[1] == num_taps * tap_size == depth
+    assert features.shape[1] == num_aux * aux_size == depth
     fused = torch.empty((features.shape[0], num_columns), dtype=packed.dtype)
-    failed = c_entry("heterospec_fuse_taps")(
+    failed = c_entry("heterospec_fuse_aux")(
         _PACK(
             DTYPE_CODES[packed.dtype],
             features.shape[0],
-            num_taps,
-            tap_size,
+            num_aux,
+            aux_size,
             num_columns,
             epsilon,
             features.data_ptr(),

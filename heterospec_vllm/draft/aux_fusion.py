@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The target's tap states on their way into the draft head."""
+"""The target's aux hidden states on their way into the draft head."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import rms_norm
 
 
-class TapFusion:
+class AuxFusion:
     """``combine_hidden_states`` of vLLM's EAGLE-3 head.
 
     A head that norms each tap on its own does so in about forty small operations, half a millisecond of a step; here
@@ -22,7 +22,7 @@ class TapFusion:
         norms = list(getattr(inner, "fc_norm", None) or [])
         # `norm_before_fc` is another norm in front of these.
         plain = bool(norms) and not getattr(inner, "norm_before_fc", False)
-        self.norms: torch.Tensor | None = None  # [num_taps, hidden_size]
+        self.norms: torch.Tensor | None = None  # [num_aux, hidden_size]
         self.epsilon = 0.0
         if plain and all(_is_plain(norm, norms[0]) for norm in norms):
             self.norms = torch.stack([norm.weight.data for norm in norms])
@@ -30,7 +30,7 @@ class TapFusion:
             self._fc = inner.fc  # type: ignore[union-attr]
 
     def __call__(self, features: torch.Tensor) -> torch.Tensor:
-        """[num_tokens, num_taps * hidden_size] to [num_tokens, hidden_size]."""
+        """[num_tokens, num_aux * hidden_size] to [num_tokens, hidden_size]."""
         weight = self.norms
         if weight is None:
             return self._combine(features)

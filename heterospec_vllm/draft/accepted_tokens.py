@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""True tokens on their way to the draft head: the record and how it is cut into parts."""
+"""Accepted tokens on their way to the draft head: the record and how it is cut into parts."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def true_blocks(
     "Tuple((i4[::1], i4[::1], i4[:,::1], i8[::1], i8[::1], i4[::1]))"
     "(i8[::1], i8[::1], i4[:,:], i8, i4[:], i4[:])"
 )
-def true_rows(
+def accepted_rows(
     num_tokens,  # [num_reqs]
     offsets,  # [num_tokens] from the start of the head's context, rising by one within a request
     block_table,  # [num_reqs, max_blocks] from there
@@ -68,7 +68,7 @@ def true_rows(
     token_ids,  # [num_tokens]
     next_token_ids,  # [num_reqs] that follow each request's last one
 ):
-    """True tokens as rows of a level that is a chain: each with the token that followed it.
+    """Accepted tokens as rows of a level that is a chain: each with the token that followed it.
 
     [num_reqs + 1] where each request's rows start; [num_reqs] keys before them; [num_tokens, longest] rows of the
     same request up to each one (NO_ROW padded); [num_tokens] slot in the pages and next token; [num_reqs] keys of the
@@ -99,12 +99,12 @@ def true_rows(
 
 
 @dataclass(frozen=True)
-class TrueTokens:
+class AcceptedTokens:
     """Tokens of their requests' text that the head has not seen, request by request, in text order."""
 
     token_ids: torch.Tensor  # [num_tokens]
     positions: torch.Tensor  # [num_tokens] int64, rising by one within a request
-    features: torch.Tensor  # [num_tokens, num_taps * hidden_size], the target's tap states
+    features: torch.Tensor  # [num_tokens, num_aux * hidden_size], the target's aux hidden states
     num_tokens: Ints  # [num_reqs], >= 1
     next_token_ids: torch.Tensor  # [num_reqs] int32, the token that follows each request's last one
     block_table: torch.Tensor  # [num_reqs, max_blocks] int32, from where the head's context begins
@@ -148,7 +148,7 @@ def gather_rows(
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
-def context_offsets(tokens: TrueTokens) -> torch.Tensor:
+def context_offsets(tokens: AcceptedTokens) -> torch.Tensor:
     """[num_tokens] int64 how far each token lies behind the start of the head's context."""
     if not tokens.context_starts.any():
         return tokens.positions
@@ -156,7 +156,7 @@ def context_offsets(tokens: TrueTokens) -> torch.Tensor:
     return tokens.positions - starts.to(tokens.positions.device)
 
 
-def blocks_of(tokens: TrueTokens, block_size: int) -> torch.Tensor:
+def blocks_of(tokens: AcceptedTokens, block_size: int) -> torch.Tensor:
     """[num_tokens] int64 KV block of each token."""
     if tokens.positions.device.type == "cpu":
         return torch.from_numpy(host_blocks_of(tokens, block_size))
@@ -165,7 +165,7 @@ def blocks_of(tokens: TrueTokens, block_size: int) -> torch.Tensor:
     return tokens.block_table[reqs.to(offsets.device), offsets // block_size].long()
 
 
-def host_blocks_of(tokens: TrueTokens, block_size: int) -> Ints:
+def host_blocks_of(tokens: AcceptedTokens, block_size: int) -> Ints:
     """[num_tokens] KV block of each token, on the host."""
     if tokens.positions.device.type != "cpu":
         return blocks_of(tokens, block_size).cpu().numpy()
@@ -177,12 +177,12 @@ def host_blocks_of(tokens: TrueTokens, block_size: int) -> Ints:
     )
 
 
-def slots_of(tokens: TrueTokens, block_size: int) -> torch.Tensor:
+def slots_of(tokens: AcceptedTokens, block_size: int) -> torch.Tensor:
     """[num_tokens] int64 KV slot of each token."""
     return blocks_of(tokens, block_size) * block_size + tokens.positions % block_size
 
 
-def with_context_starts(tokens: TrueTokens, starts: Ints, block_size: int) -> TrueTokens:
+def with_context_starts(tokens: AcceptedTokens, starts: Ints, block_size: int) -> AcceptedTokens:
     """The tokens with block tables that begin at ``starts`` ([num_reqs], multiples of the block size)."""
     if not starts.any():
         return tokens
@@ -205,12 +205,12 @@ def parts_of(num_tokens: Ints, most: int) -> list[slice]:
     return [*parts, slice(start, num_tokens.size)]
 
 
-def requests_of(tokens: TrueTokens, part: slice) -> TrueTokens:
+def requests_of(tokens: AcceptedTokens, part: slice) -> AcceptedTokens:
     if part.start == 0 and part.stop == tokens.num_tokens.size:
         return tokens
     ends = np.concatenate([[0], tokens.ends])
     rows = slice(int(ends[part.start]), int(ends[part.stop]))
-    return TrueTokens(
+    return AcceptedTokens(
         token_ids=tokens.token_ids[rows],
         positions=tokens.positions[rows],
         features=tokens.features[rows],
@@ -221,7 +221,7 @@ def requests_of(tokens: TrueTokens, part: slice) -> TrueTokens:
     )
 
 
-def split_last(tokens: TrueTokens) -> tuple[torch.Tensor, TrueTokens]:
+def split_last(tokens: AcceptedTokens) -> tuple[torch.Tensor, AcceptedTokens]:
     """([num_earlier] int64 the places of all but each request's last token, those last tokens)."""
     last = torch.from_numpy(tokens.ends - 1)
     earlier = torch.ones(len(tokens.token_ids), dtype=torch.bool)
@@ -235,7 +235,7 @@ def split_last(tokens: TrueTokens) -> tuple[torch.Tensor, TrueTokens]:
     )
 
 
-def without_start(tokens: TrueTokens, req: int, count: int) -> TrueTokens:
+def without_start(tokens: AcceptedTokens, req: int, count: int) -> AcceptedTokens:
     """The tokens without the first ``count`` of one request."""
     first = int(tokens.num_tokens[:req].sum())
     keep = torch.ones(len(tokens.token_ids), dtype=torch.bool)

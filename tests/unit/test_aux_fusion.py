@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from heterospec_vllm.draft.taps import TapFusion
+from heterospec_vllm.draft.aux_fusion import AuxFusion
 
 TAPS, HIDDEN = 4, 48
 
@@ -45,7 +45,7 @@ def test_equal_to_one_by_one(dtype: torch.dtype, rows: int) -> None:
     model = head([Norm(dtype=dtype) for _ in range(TAPS)], dtype)
     features = torch.randn(rows, TAPS * HIDDEN, dtype=dtype) * torch.logspace(-2, 2, rows)[:, None]
     features = features.to(dtype)
-    fused = TapFusion(model)
+    fused = AuxFusion(model)
     assert fused.norms is not None
     # bfloat16: one rounding more or less before the product, 2**-8 of each term.
     tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
@@ -56,8 +56,8 @@ def test_equal_to_one_by_one(dtype: torch.dtype, rows: int) -> None:
 
 def test_other_heads_keep_their_own_function() -> None:
     several = head([Norm(), Norm(1e-6), Norm(), Norm()], torch.bfloat16)
-    assert TapFusion(several).norms is None
+    assert AuxFusion(several).norms is None
     before = head([Norm() for _ in range(TAPS)], torch.bfloat16, norm_before_fc=True)
-    assert TapFusion(before).norms is None
+    assert AuxFusion(before).norms is None
     bare = SimpleNamespace(combine_hidden_states=lambda x: 2 * x)
-    assert TapFusion(bare)(torch.ones(1)).item() == 2
+    assert AuxFusion(bare)(torch.ones(1)).item() == 2

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
+from heterospec_vllm.kernels.cpu.aux_fusion import aux_fusion_cpu, misfit
 from heterospec_vllm.kernels.cpu.packed_linear import pack_weight
-from heterospec_vllm.kernels.cpu.tap_fusion import misfit, tap_fusion_cpu
 from heterospec_vllm.kernels.reference import cpu as reference
 
 pytestmark = pytest.mark.usefixtures("cpu_build")
@@ -26,8 +26,8 @@ def test_equals_the_reference(dtype, num_rows, taps, size, columns) -> None:
     norms = (1 + 0.3 * torch.randn(taps, size)).to(dtype)
     weight = (torch.randn(columns, taps * size) / math.sqrt(taps * size)).to(dtype)
     for given in (norms, None):
-        got = tap_fusion_cpu(features, given, pack_weight(weight), 1e-5)
-        expected = reference.tap_fusion(features, given, weight, 1e-5)
+        got = aux_fusion_cpu(features, given, pack_weight(weight), 1e-5)
+        expected = reference.aux_fusion(features, given, weight, 1e-5)
         room = TOLERANCES[dtype] * (1.0 if given is not None else scales)
         assert ((got - expected).abs() <= room + TOLERANCES[dtype] * expected.abs()).all()
 
@@ -35,7 +35,7 @@ def test_equals_the_reference(dtype, num_rows, taps, size, columns) -> None:
 def test_a_row_of_nan_stays_alone() -> None:
     features = torch.randn(3, 64)
     features[1, 40] = math.nan
-    fused = tap_fusion_cpu(features, torch.ones(2, 32), pack_weight(torch.randn(16, 64)), 1e-5)
+    fused = aux_fusion_cpu(features, torch.ones(2, 32), pack_weight(torch.randn(16, 64)), 1e-5)
     assert fused[1].isnan().all() and fused[[0, 2]].isfinite().all()
 
 
