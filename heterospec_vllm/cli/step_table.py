@@ -29,6 +29,7 @@ ROWS = (
     ("compaction", 1),
     ("counters", 1),
     ("learn", 1),
+    ("take_draft_token_ids", 0),
     ("draft", 1),
     ("draft: accepted tokens", 2),
     ("draft: levels", 2),
@@ -169,7 +170,7 @@ def _print(result: dict[str, Any]) -> None:
             table.add_row(
                 "  " * indent + name, f"{spans[name]:.3f}", f"{100 * spans[name] / total:.1f} %"
             )
-    rest = total - spans.get("execute_model", 0) - spans.get("sample_tokens", 0)
+    rest = total - sum(spans.get(name, 0.0) for name, indent in ROWS if indent == 0)
     table.add_row(
         "scheduler, detokenizer, the rest of vLLM", f"{rest:.3f}", f"{100 * rest / total:.1f} %"
     )

@@ -98,6 +98,10 @@ class Controller:
             nodes, accepted = nodes[tested], accepted[tested]
         self.policy.observe_nodes(nodes, accepted)
 
+    def end_step(self) -> None:
+        """The step's tokens leave the engine before :meth:`draft` is called; their time is taken here."""
+        self._ledger.tokens_left()
+
     def draft(
         self,
         step: StepOutput,

@@ -47,9 +47,9 @@ class StepLedger:
 
     def __init__(self) -> None:
         self.counters = StepCounters()
-        self._begin = self._forward = self._end = (
-            0.0  # of this step, of its forward pass, of the step before
-        )
+        # Of this step, of its forward pass, of the step before.
+        self._begin = self._forward = self._end = 0.0
+        self._done: float | None = None  # where the step's tokens left before drafting
         self._sample_seconds = 0.0
         self._last_draft = _LastDraft("none", 0, 0.0, False, False)
 
@@ -70,6 +70,10 @@ class StepLedger:
         self._sample_seconds = time.perf_counter() - start
         self.counters.seconds["sample"] += self._sample_seconds
 
+    def tokens_left(self) -> None:
+        """The step's tokens are on their way; drafting begins after what the engine does with them."""
+        self._done = time.perf_counter()
+
     def end_step(
         self,
         policy: DraftPolicy,
@@ -78,15 +82,16 @@ class StepLedger:
     ) -> None:
         """The target's step is over, with all that happens between two drafts; drafting begins."""
         now = time.perf_counter()
+        done, self._done = self._done or now, None
         gap = self._begin - self._end
         gap = gap if 0 <= gap < IDLE_SECONDS else 0.0
         seconds = now - self._begin + gap
         # A prompt's token has no logits and costs less than a drafted one, for which it must not be taken.
         if size.only_decodes or size.num_tokens > DECODE_TOKENS:
             policy.observe_step(size.num_tokens, size.num_reqs, size.context, seconds)
-        self.counters.seconds["target"] += now - self._forward - self._sample_seconds
+        self.counters.seconds["target"] += done - self._forward - self._sample_seconds
         self._sample_seconds = 0.0
-        self.counters.seconds["rest"] += gap
+        self.counters.seconds["rest"] += gap + now - done
         self._observe_cycle(policy, size, num_emitted, seconds)
 
     def _observe_cycle(

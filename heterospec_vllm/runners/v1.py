@@ -3,21 +3,23 @@
 
 One step: ``execute_model`` matches the scheduled drafts with their trees -> ``_may_reorder_batch`` puts tree
 requests first -> ``_prepare_inputs`` rewrites positions and hands the attention builders the tree rows -> target
-forward -> ``_sample`` walks and compacts -> ``propose_draft_token_ids`` drafts the next trees.
+forward -> ``_sample`` walks and compacts -> the tokens leave the engine -> ``take_draft_token_ids`` drafts the next
+trees.
 """
 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.utils.torch_utils import PIN_MEMORY
+from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
-from vllm.v1.outputs import SamplerOutput
+from vllm.v1.outputs import DraftTokenIds, SamplerOutput
 from vllm.v1.sample.logits_processor import build_logitsprocs
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
@@ -46,6 +48,16 @@ from heterospec_vllm.verify.scorer_v1 import TreeScorer, root_logits
 from heterospec_vllm.verify.stops import Stops, repeats
 
 
+@dataclass(frozen=True)
+class _Undrafted:
+    """What drafting needs of a step whose tokens have left."""
+
+    scheduler_output: SchedulerOutput
+    sampled_token_ids: list[list[int]]  # [num_reqs]
+    aux_hidden_states: list[torch.Tensor]  # each [num_step_tokens, hidden_size]
+    common_attn_metadata: CommonAttentionMetadata
+
+
 class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
     """vLLM's CPU runner; every override calls the original and adds what a tree needs."""
 
@@ -57,6 +69,7 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
         self._arrival_seeds = ArrivalSeeds(self.model_config.seed)
         self._kv_caches_of_target: list[torch.Tensor] = []
         self._op_choice: OpChoice = VLLMS
+        self._undrafted: _Undrafted | None = None
         self._sample_as_without_speculation()
 
     def _sample_as_without_speculation(self) -> None:
@@ -112,6 +125,7 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
     # ---- step: match scheduled drafts with their trees
 
     def execute_model(self, scheduler_output: SchedulerOutput, intermediate_tensors=None):
+        self._draft_next()  # where nobody took the drafts of the step before
         with CLOCK.span("execute_model"):
             for req_id in scheduler_output.preempted_req_ids or ():
                 # It may come back at the same position in other blocks.
@@ -124,9 +138,13 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
 
     def sample_tokens(self, grammar_output):
         with CLOCK.span("sample_tokens"):
-            output = super().sample_tokens(grammar_output)
-            self._publish()
-            return output
+            return super().sample_tokens(grammar_output)
+
+    def take_draft_token_ids(self) -> DraftTokenIds | None:
+        """The engine asks once it has sent the step's tokens: no token waits for the next draft."""
+        with CLOCK.span("take_draft_token_ids"):
+            self._draft_next()
+            return super().take_draft_token_ids()
 
     def _model_forward(self, *args, **kwargs):
         with CLOCK.span("target forward"):
@@ -325,27 +343,43 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
         common_attn_metadata,
         slot_mappings,
     ) -> list[list[int]]:
-        with CLOCK.span("draft"):
-            req_ids = self.input_batch.req_ids
-            requests = [self.requests[req_id] for req_id in req_ids]
-            outputs = [request.output_token_ids for request in requests]
-            # No draft for a request that has just stopped: a session would keep it.
-            emitted = [
-                0 if repeats(request.sampling_params, request.output_token_ids) else len(tokens)
-                for request, tokens in zip(requests, sampled_token_ids, strict=True)
-            ]
-            demand = self._demand(
-                req_ids,
-                emitted,
-                [len(tokens) for tokens in outputs],
-                self._prompt_left(),
-                [tokens[-1] if tokens else None for tokens in outputs],
-            )
-            tokens = self._accepted_tokens(
-                scheduler_output, sampled_token_ids, aux_hidden_states, common_attn_metadata
-            )
-            output = StepOutput(req_ids, tokens, demand, self._temperatures())
-            return self.controller.draft(output, self._step.num_tokens)
+        """Nothing yet: drafting waits until the engine asks for the drafts (``take_draft_token_ids``)."""
+        self.controller.end_step()
+        # In one process the scheduler cuts the lists that it is given.
+        sampled = [list(tokens) for tokens in sampled_token_ids]
+        self._undrafted = _Undrafted(
+            scheduler_output, sampled, aux_hidden_states, common_attn_metadata
+        )
+        return []
+
+    def _draft_next(self) -> None:
+        """The next trees after the latest step, where they are still to be drafted."""
+        if self._undrafted is None:
+            return
+        step, self._undrafted = self._undrafted, None
+        with torch.inference_mode(), CLOCK.span("draft"):
+            self._draft_token_ids = self._drafts_after(step)
+        self._publish()
+
+    def _drafts_after(self, step: _Undrafted) -> list[list[int]]:
+        req_ids = self.input_batch.req_ids
+        requests = [self.requests[req_id] for req_id in req_ids]
+        outputs = [request.output_token_ids for request in requests]
+        # No draft for a request that has just stopped: a session would keep it.
+        emitted = [
+            0 if repeats(request.sampling_params, request.output_token_ids) else len(tokens)
+            for request, tokens in zip(requests, step.sampled_token_ids, strict=True)
+        ]
+        demand = self._demand(
+            req_ids,
+            emitted,
+            [len(tokens) for tokens in outputs],
+            self._prompt_left(),
+            [tokens[-1] if tokens else None for tokens in outputs],
+        )
+        tokens = self._accepted_tokens(step)
+        output = StepOutput(req_ids, tokens, demand, self._temperatures())
+        return self.controller.draft(output, self._step.num_tokens)
 
     def _prompt_left(self) -> Ints:
         """[num_reqs] tokens of each prompt that are read after this step."""
@@ -356,20 +390,14 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
             self.query_start_loc.np,
         )
 
-    def _accepted_tokens(
-        self,
-        scheduler_output: SchedulerOutput,
-        sampled_token_ids: list[list[int]],
-        aux_hidden_states: list[torch.Tensor],
-        common_attn_metadata,
-    ) -> AcceptedTokens:
+    def _accepted_tokens(self, step: _Undrafted) -> AcceptedTokens:
         """All rows of requests that verified nothing, the walked rows of the others."""
         num_reqs = self.input_batch.num_reqs
         next_token_ids = self.drafter.prepare_next_token_ids_cpu(
-            sampled_token_ids,
+            step.sampled_token_ids,
             self.requests,
             self.input_batch,
-            scheduler_output.num_scheduled_tokens,
+            step.scheduler_output.num_scheduled_tokens,
         )
         starts = self.query_start_loc.np[: num_reqs + 1].astype(np.int64)
         rows, num_tokens = accepted_rows(self._step, starts)
@@ -378,10 +406,10 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
             # Copies: vLLM's buffers are filled again.
             token_ids=torch.from_numpy(token_ids[rows]),
             positions=torch.from_numpy(positions[rows]),
-            features=gather_rows(aux_hidden_states, rows),
+            features=gather_rows(step.aux_hidden_states, rows),
             num_tokens=num_tokens,
             next_token_ids=next_token_ids,
-            block_table=common_attn_metadata.block_table_tensor[:num_reqs],
+            block_table=step.common_attn_metadata.block_table_tensor[:num_reqs],
             context_starts=np.zeros(num_reqs, dtype=np.int64),
         )
 

@@ -109,7 +109,7 @@ def test_a_steps_parts_are_within_the_step(target: str) -> None:
         ("walk", "sample_tokens"),
         ("draft: levels", "draft"),
         ("policy", "draft"),
-        ("draft", "sample_tokens"),
+        ("draft", "take_draft_token_ids"),
     ]:
         assert 0 < spans[inner] < spans[outer] < whole, (inner, outer, spans)
     assert 0 < result["bookkeeping_ms_per_step"] < whole
