@@ -29,6 +29,10 @@ BUILTIN_HEAD = "builtin:smollm2-135m"
 MAX_NODES = 63
 MAX_DEPTH = 16  # most levels that `max_depth` may ask for
 MOST_LEVELS = MAX_DEPTH + MAX_DEPTH // 2  # `paper` goes on for up to half as many more
+# Where the scheduler tells the worker how a request's reasoning is parsed, among `SamplingParams.extra_args`.
+REASONING_ARGUMENT = "_heterospec_reasoning"
+# The scheduler that this plugin names to vLLM: drafts of requests with a grammar stay whole.
+WHOLE_DRAFTS_SCHEDULER = "heterospec_vllm.runners.scheduler.HeteroSpecScheduler"
 # What the command line puts in place of a file's content until the engine config is built.
 CONFIG_FILE_KEY = "heterospec_config_file"
 

@@ -207,7 +207,7 @@ def _save(output: Path, target, head, fit, costs, dtype: str, depth: int, num_pr
         edges=[list(edges) for edges in fit.strata.edges],
         paper_depth=depth,
         paper_edges=list(fit.paper_edges),
-        survivals=fit.survivals.estimate.round(4).tolist(),
+        survivals=fit.survivals.of_ordinary_requests().round(4).tolist(),
         costs=costs.as_dict(),
         held_out=fit.figures,
     ).save(output)

@@ -10,6 +10,7 @@ from typing import Protocol
 from heterospec_vllm.arrays import Ints
 from heterospec_vllm.draft.accepted_tokens import AcceptedTokens
 from heterospec_vllm.policy.base import Demand, DraftPlan, DraftPolicy, Scope
+from heterospec_vllm.tree.masks import Constraints
 from heterospec_vllm.tree.pool import CandidatePool
 from heterospec_vllm.tree.trees import DraftTrees
 
@@ -21,7 +22,8 @@ class StepOutput:
     req_ids: list[str]
     tokens: AcceptedTokens  # accepted tokens and prompt tokens of the step
     demand: Demand
-    temperatures: Ints  # [num_reqs] 0 greedy, 1 sampled
+    kinds: Ints  # [num_reqs] below NUM_KINDS (policy/survival.py)
+    constraints: Constraints | None = None  # None: no request has a grammar
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,12 @@ from heterospec_vllm.draft.accepted_tokens import (
 )
 from heterospec_vllm.draft.fused_head import MAX_ROWS, FusedHead, fused_head
 from heterospec_vllm.draft.growth import Frontier, level_positions
+from heterospec_vllm.draft.masks import without_forbidden
 from heterospec_vllm.draft.tree_drafter import HeadContext, TreeDrafter
 from heterospec_vllm.layers.attention_cpu import DraftLevelMetadata
 from heterospec_vllm.policy.base import DraftPlan
 from heterospec_vllm.timing import CLOCK
+from heterospec_vllm.tree.masks import TokenMasks
 
 # Tokens whose keys are computed together: enough for the products, few enough for the caches.
 KEY_ROWS = 512
@@ -194,17 +196,20 @@ class EagleDrafterV1(TreeDrafter, EagleProposer):
         self,
         normed: torch.Tensor,  # [num_rows, hidden_size]
         top_k: int,
+        masks: TokenMasks | None = None,
     ) -> tuple[Ints, Floats]:
-        """The ``top_k`` likeliest next tokens of each row (target ids) and their log-probabilities."""
+        """The ``top_k`` likeliest allowed next tokens of each row (target ids) and their log-probabilities."""
         fused = self._fused_for(len(normed))
         if fused is not None:
             with CLOCK.span("head logits"):
-                return fused.top_tokens(normed, top_k)
+                return fused.top_tokens(normed, top_k, masks)
         with CLOCK.span("head logits"):
             logits = self.model.logits_processor(self.model.lm_head, normed)
+        offsets = self.model.draft_id_to_target_id
+        if masks is not None:
+            logits = without_forbidden(logits, masks, offsets)
         with CLOCK.span("head top-k"):
             log_probs, draft_ids = logits.float().log_softmax(dim=-1).topk(top_k, dim=-1)
-        offsets = self.model.draft_id_to_target_id
         tokens = draft_ids if offsets is None else draft_ids + offsets[draft_ids]
         return tokens.numpy(), log_probs.numpy()
 

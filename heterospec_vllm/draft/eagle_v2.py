@@ -23,12 +23,14 @@ from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
 from heterospec_vllm.arrays import Floats, Ints, Ints32
 from heterospec_vllm.draft.accepted_tokens import AcceptedTokens
 from heterospec_vllm.draft.growth import Frontier
+from heterospec_vllm.draft.masks import without_forbidden
 from heterospec_vllm.draft.tree_drafter import HeadContext, TreeDrafter
 from heterospec_vllm.kernels.gpu.topk_entropy import topk_entropy
 from heterospec_vllm.kernels.gpu.tree_attention_plan import MAX_ROWS
 from heterospec_vllm.layers.attention_gpu import StepTrees, TreeBuilder
 from heterospec_vllm.policy.base import DraftPlan
 from heterospec_vllm.timing import CLOCK
+from heterospec_vllm.tree.masks import TokenMasks
 
 # (batch, aux hidden states of the step's tokens, whether drafts can be used) -> nothing: the runner's side of a draft
 OnPropose = Callable[[InputBatch, list[torch.Tensor], bool], None]
@@ -141,12 +143,16 @@ class EagleDrafterV2(TreeDrafter, EagleSpeculator):
             layer_metadata |= dict.fromkeys(group.layer_names, metadata)
         return layer_metadata, dict.fromkeys(layer_metadata, common.slot_mapping)
 
-    def _top_children(self, normed: torch.Tensor, top_k: int) -> tuple[Ints, Floats]:
+    def _top_children(
+        self, normed: torch.Tensor, top_k: int, masks: TokenMasks | None = None
+    ) -> tuple[Ints, Floats]:
         with CLOCK.span("head logits"):
             logits = self.model.logits_processor(self.model.lm_head, normed)
+        offsets = self.model.draft_id_to_target_id
+        if masks is not None:
+            logits = without_forbidden(logits, masks, offsets)
         with CLOCK.span("head top-k"):
             best = topk_entropy(logits, torch.zeros(len(logits), device=logits.device), top_k)
-        offsets = self.model.draft_id_to_target_id
         tokens = best.indices if offsets is None else best.indices + offsets[best.indices]
         return tokens.cpu().numpy(), best.log_probs.cpu().numpy()
 

@@ -29,6 +29,7 @@ from heterospec_vllm.kernels.cpu import aux_fusion, packed_linear, top_tokens
 from heterospec_vllm.kernels.cpu.head_layer import HeadLayerWeights, head_layer_cpu
 from heterospec_vllm.kernels.cpu.library import unavailable_reason
 from heterospec_vllm.layers.linears_cpu import packed_weight
+from heterospec_vllm.tree.masks import TokenMasks
 
 logger = init_logger(__name__)
 
@@ -87,10 +88,13 @@ class FusedHead:
         keys, values = keys_and_values(self._weights, self._of_keys, token_ids, positions, hidden)
         attention.impl.do_kv_cache_update(attention, keys, values, attention.kv_cache, slots)
 
-    def top_tokens(self, normed: torch.Tensor, top_k: int) -> tuple[Ints, Floats]:
-        """[num_rows, top_k] each: the likeliest next tokens (target ids) and their log-probabilities."""
+    def top_tokens(
+        self, normed: torch.Tensor, top_k: int, masks: TokenMasks | None = None
+    ) -> tuple[Ints, Floats]:
+        """[num_rows, top_k] each: the likeliest allowed next tokens (target ids) and their log-probabilities."""
+        allowed = () if masks is None else map(torch.from_numpy, (masks.bits, masks.of_row))
         tokens, log_probs = top_tokens.top_tokens_cpu(
-            normed, self._logits_weight, self._vocab_size, self._offsets, top_k
+            normed, self._logits_weight, self._vocab_size, self._offsets, top_k, *allowed
         )
         return tokens.numpy(), log_probs.numpy()
 

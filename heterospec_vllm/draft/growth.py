@@ -16,6 +16,7 @@ from heterospec_vllm.arrays import NO_ROW, Bools, Floats, Ints, Ints32
 from heterospec_vllm.compiled import compiled
 from heterospec_vllm.draft.signals import meta_path_end, row_entropy
 from heterospec_vllm.policy.base import DraftPlan, DraftPolicy, Level
+from heterospec_vllm.policy.survival import CONSTRAINED
 from heterospec_vllm.timing import CLOCK
 from heterospec_vllm.tree.pool import CandidatePool
 
@@ -342,10 +343,17 @@ def children_of(
         local,
         plan.strata.cuts(depth),
     )
+    own = plan.survivals(depth, log_probs, strata, survivals)
+    constrained = plan.batch.kinds >= CONSTRAINED
+    if constrained.any():
+        # A grammar that allows a single token decides as the target will.
+        above = np.repeat(parent.log_probs, ranks.shape[1] // parent.columns.shape[1], axis=1)
+        certain = constrained[:, None] & (ranks == 0) & (log_probs == above)
+        own = np.where(certain, survivals, own)
     return CandidatePool(
         tokens=tokens,
         log_probs=log_probs,
-        survivals=plan.survivals(depth, log_probs, strata, survivals),
+        survivals=own,
         strata=strata,
         entropies=entropies,
         parents=parents,

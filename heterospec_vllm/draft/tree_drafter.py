@@ -39,6 +39,7 @@ from heterospec_vllm.draft.reading import HeadReader
 from heterospec_vllm.policy.base import Batch, DraftPlan, DraftPolicy, Scope
 from heterospec_vllm.policy.decisions import in_beam
 from heterospec_vllm.timing import CLOCK
+from heterospec_vllm.tree.masks import Constraints, Path, TokenMasks, put_only_tokens
 from heterospec_vllm.tree.pool import CandidatePool
 from heterospec_vllm.tree.trees import DraftTrees
 
@@ -102,8 +103,9 @@ class TreeDrafter:
         self,
         normed: torch.Tensor,  # [num_rows, hidden_size]
         top_k: int,
+        masks: TokenMasks | None = None,
     ) -> tuple[Ints, Floats]:
-        """The ``top_k`` likeliest next tokens of each row (target ids) and their log-probabilities."""
+        """The ``top_k`` likeliest allowed next tokens of each row (target ids) and their log-probabilities."""
         raise NotImplementedError
 
     def prepare(self) -> None:
@@ -187,12 +189,12 @@ class TreeDrafter:
         batch = Batch(
             num_reqs=len(step.req_ids),
             context=step.tokens.context,
-            temperatures=step.temperatures[places],
+            kinds=step.kinds[places],
             limits=feed.limits[drafting],
         )
         plan = policy.plan(batch, scope)
         with CLOCK.span("draft: levels"):
-            head = _Levels(self, plan, context)
+            head = _Levels(self, plan, context, _paths_of(step, places))
             growth = grow(policy, plan, head, ledger)
         with CLOCK.span("draft: cut the tree"):
             ranked = growth.pool.ranked(self.num_speculative_tokens)
@@ -274,16 +276,41 @@ class TreeDrafter:
         )
 
 
+class _Paths:
+    """The path of every row of the latest level, where some request has a grammar."""
+
+    def __init__(self, constraints: Constraints, req_ids: list[str]) -> None:
+        self._constraints = constraints
+        self._req_ids = req_ids  # [num_drafting]
+        self._paths: list[Path] = [()] * len(req_ids)  # [num_rows]
+
+    def masks_of(self, frontier: Frontier) -> TokenMasks | None:
+        """What may follow the rows of a frontier, one level below the one before."""
+        if frontier.level > 0:
+            rows = zip(frontier.parent_rows.tolist(), frontier.tokens.tolist(), strict=True)
+            self._paths = [(*self._paths[parent], token) for parent, token in rows]
+        req_ids = [self._req_ids[req] for req in frontier.reqs.tolist()]
+        return self._constraints.masks_behind(req_ids, self._paths)
+
+
+def _paths_of(step: StepOutput, places: Ints) -> _Paths | None:
+    if step.constraints is None:
+        return None
+    return _Paths(step.constraints, [step.req_ids[place] for place in places.tolist()])
+
+
 class _Levels:
     """The head of one draft: the children of a frontier's rows (``growth.DraftHead``)."""
 
-    def __init__(self, drafter: TreeDrafter, plan: DraftPlan, context: HeadContext) -> None:
+    def __init__(
+        self, drafter: TreeDrafter, plan: DraftPlan, context: HeadContext, paths: _Paths | None
+    ) -> None:
         self._drafter = drafter
         self._plan = plan
         self._context = context
-        self._hidden = (
-            context.hidden
-        )  # [num_rows, hidden_size] output for the rows of the latest pass
+        self._paths = paths
+        # [num_rows, hidden_size] output for the rows of the latest pass
+        self._hidden = context.hidden
         self._num_reqs = context.seq_lens.shape[0]
         self._most = drafter._most_expanded(plan, self._num_reqs)
 
@@ -295,7 +322,11 @@ class _Levels:
                 self._drafter._begin_levels(self._num_reqs * self._most * levels)
             above = gather_rows([self._hidden], frontier.parent_rows)
             normed, self._hidden = self._drafter._forward_level(frontier, above, self._context)
-        return self._drafter._top_children(normed, self._plan.top_k)
+        masks = None if self._paths is None else self._paths.masks_of(frontier)
+        tokens, log_probs = self._drafter._top_children(normed, self._plan.top_k, masks)
+        if masks is not None:
+            put_only_tokens(masks, tokens, log_probs)
+        return tokens, log_probs
 
     def within_reach(self, chosen: Bools, level_pool: CandidatePool) -> Bools:
         """The likeliest ones, as many as the buffers of a pass hold."""

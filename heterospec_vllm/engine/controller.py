@@ -16,6 +16,7 @@ from heterospec_vllm.arrays import Ints
 from heterospec_vllm.draft.base import Draft, Drafted, Drafter, StepOutput
 from heterospec_vllm.engine.ledger import StepLedger, StepSize
 from heterospec_vllm.engine.pending import MatchedDrafts, PendingDrafts
+from heterospec_vllm.observe.alarm import AcceptanceAlarm
 from heterospec_vllm.observe.counters import StepCounters
 from heterospec_vllm.observe.step_recorder import StepRecorder
 from heterospec_vllm.policy.base import DraftPlan, DraftPolicy, Scope
@@ -37,6 +38,7 @@ class Controller:
         self.step_recorder: StepRecorder | None = None
         self._pending = PendingDrafts()
         self._ledger = StepLedger()
+        self._alarm = AcceptanceAlarm()
         self._plan: DraftPlan | None = None  # of the latest draft
         self._num_verified = 0  # nodes of the current step
         self._context = 0.0  # tokens of context of all requests of the step before
@@ -76,8 +78,10 @@ class Controller:
         """Around the walk: its time is counted apart from the forward pass."""
         return self._ledger.sampling()
 
-    def learn(self, trees: DraftTrees, walked: Walk, temperatures: Ints) -> None:
-        """After the walk: verified nodes and whether each was reached. temperatures: [num_reqs] 0 greedy, 1 sampled."""
+    def learn(self, trees: DraftTrees, walked: Walk, kinds: Ints) -> None:
+        """After the walk: verified nodes and whether each was reached. kinds: [num_reqs] of the requests."""
+        self._alarm.walked(int((trees.num_nodes > 0).sum()), int(walked.num_accepted.sum()))
+        self.counters.nothing_accepted = int(self._alarm.on)
         if self.step_recorder is not None:
             self.step_recorder.walked(trees, walked)
         if not self.policy.learns:
@@ -88,7 +92,7 @@ class Controller:
             trees.strata,
             trees.num_nodes,
             walked.rows,
-            temperatures,
+            kinds,
         )
         nodes = NodeFeatures(*features)
         if walked.stopped is not None and walked.stopped.any():

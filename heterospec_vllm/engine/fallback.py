@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which requests decode plainly inside a speculating batch, and why. One reason string each, logged once."""
+"""Which requests decode plainly inside a speculating batch, and why (`observe/reasons.py`)."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection, Iterator
 from typing import Any, Protocol
 
 from vllm.sampling_params import SamplingParams
@@ -19,12 +20,8 @@ class Request(Protocol):
     mm_features: list[Any]
 
 
-def fallback_reason(request: Request) -> str | None:
-    """Why a request is never drafted for, None where it is.
-
-    A tree's rows have different pasts, so whatever depends on the tokens emitted so far (grammar, penalties, bad
-    words, thinking budget) would need a state per node; such requests keep their exact answers by decoding plainly.
-    """
+def fallback_reason(request: Request, unsupported: Collection[str]) -> str | None:
+    """Why a request is never drafted for, None where it is; ``unsupported``: reasons of the runner's own."""
     params = request.sampling_params
     if params is None:
         return "pooling"
@@ -32,21 +29,21 @@ def fallback_reason(request: Request) -> str | None:
         return "prompt_embeds"
     if request.mm_features:
         return "multimodal"
-    return _sampling_reason(params)
-
-
-def _sampling_reason(params: SamplingParams) -> str | None:
-    if params.structured_outputs is not None:
-        return "structured_output"
-    if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0:
-        return "penalties"
-    if params.bad_words:
-        return "bad_words"
-    if params.thinking_token_budget is not None:
-        return "thinking_token_budget"
     if RequestOptions.from_extra_args(params.extra_args).heterospec == "off":
         return "switched_off"
-    return None
+    return next((reason for reason in _features(params) if reason in unsupported), None)
+
+
+def _features(params: SamplingParams) -> Iterator[str]:
+    """The request's features that not every runner drafts for."""
+    if params.structured_outputs is not None:
+        yield "structured_output"
+    if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0:
+        yield "penalties"
+    if params.bad_words:
+        yield "bad_words"
+    if params.thinking_token_budget is not None:
+        yield "thinking_token_budget"
 
 
 def most_nodes(request: Request) -> int:
@@ -59,9 +56,6 @@ def most_nodes(request: Request) -> int:
 
 def is_worth_drafting(params: SamplingParams, num_outputs: int, last_token: int | None) -> bool:
     """Whether a request that emitted so many tokens, the last one known or not, could use a draft in its next step."""
-    if num_outputs < params.min_tokens:
-        # Stop tokens that are masked by position would differ between the nodes of a tree.
-        return False
     if tokens_left(params, num_outputs) <= 1:
         return False  # the target's own next token is the last one
     return last_token is None or not (

@@ -69,7 +69,7 @@ class Step:
     num_masked_reqs: int = 0  # leading requests that attend by a mask
     root_rows: Ints | None = None  # [num_reqs] token row of each root
     walked: Walk | None = None
-    temperatures: Ints | None = None  # [num_reqs] 0 for greedy requests, 1 for sampled ones
+    kinds: Ints | None = None  # [num_reqs] below NUM_KINDS (policy/survival.py)
 
     def attending(self) -> DraftTrees:
         """The trees of the leading requests that attend by a mask, empty ones among them."""

@@ -57,6 +57,7 @@ class StepCounters:
     seconds_off: float = 0.0  # of steps with requests in which speculation was switched off
     budget: int = 0  # gauge: nodes that the last step verified
     price_of_time: float = 0.0  # gauge: tokens that a second was worth in the last draft
+    nothing_accepted: int = 0  # gauge: 1 while next to no draft node is accepted
     expected_gain: float = 0.0  # gauge: rate with speculation over that of plain decoding
 
     def record_walk(self, trees: DraftTrees, walked: Walk, num_moves: int) -> None:

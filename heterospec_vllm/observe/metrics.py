@@ -10,20 +10,11 @@ from typing import Any, Literal
 
 from heterospec_vllm.config import MOST_LEVELS
 from heterospec_vllm.observe.counters import STEP_PARTS, StepCounters
+from heterospec_vllm.observe.reasons import REASONS
 from heterospec_vllm.policy.strata import NUM_STRATA
 
 # The last value of a label that takes in what the others do not name.
 OTHER = "other"
-FALLBACK_REASONS = (
-    "pooling",
-    "prompt_embeds",
-    "multimodal",
-    "structured_output",
-    "penalties",
-    "bad_words",
-    "thinking_token_budget",
-    "switched_off",
-)
 
 
 @dataclass(frozen=True)
@@ -100,7 +91,7 @@ METRICS = (
         "fallbacks",
         "Requests that decode without speculation, by reason.",
         label="reason",
-        keys=(*FALLBACK_REASONS, OTHER),
+        keys=(*tuple(REASONS), OTHER),
     ),
     _counter(
         "dropped_drafts", "dropped_drafts", "Scheduled drafts that matched no tree (padding)."
@@ -140,6 +131,11 @@ METRICS = (
         "off_seconds",
         "seconds_off",
         "Seconds of steps with requests in which speculation was switched off.",
+    ),
+    _gauge(
+        "nothing_accepted",
+        "nothing_accepted",
+        "1 while next to no draft node is accepted, over 400 drafts: the head may be another model's. Otherwise 0.",
     ),
     _gauge(
         "budget_nodes",

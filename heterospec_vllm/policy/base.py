@@ -30,7 +30,7 @@ class Batch:
 
     num_reqs: int  # requests that decode in the next step, speculating or not
     context: float  # their tokens of context
-    temperatures: Ints  # [num_drafting] 0 greedy, 1 sampled
+    kinds: Ints  # [num_drafting] below NUM_KINDS (survival.py)
     limits: Ints  # [num_drafting] most nodes of each request
 
 

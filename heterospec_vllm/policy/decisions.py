@@ -24,8 +24,8 @@ from heterospec_vllm.config import PolicyName
 def worth_expanding(
     survivals,  # [num_reqs, num_candidates] <= 0 where there is none
     strata,  # [num_reqs, num_candidates]
-    temperatures,  # [num_reqs]
-    continuation,  # [num_temperatures, num_strata, top_k]
+    kinds,  # [num_reqs]
+    continuation,  # [num_kinds, num_strata, top_k]
     price,
     node_seconds,
     row_seconds,
@@ -42,7 +42,7 @@ def worth_expanding(
             gain = -1.0
             if survivals[req, at] > 0.0:
                 gain = -price * row_seconds
-                shares = continuation[temperatures[req], strata[req, at]]
+                shares = continuation[kinds[req], strata[req, at]]
                 for rank in range(shares.size):
                     spare = survivals[req, at] * shares[rank]
                     gain += max(spare - price * node_seconds, 0.0)
@@ -61,8 +61,8 @@ def worth_expanding(
 
 @compiled("void(f8[:,:,:,:], i8[:], i8, i8[:,:], f8[:,:], f8[:,:,:])")
 def inherit(
-    continuation,  # [num_temperatures, max_depth + 1, num_strata, top_k] moved towards what was seen
-    temperatures,  # [num_reqs]
+    continuation,  # [num_kinds, max_depth + 1, num_strata, top_k] moved towards what was seen
+    kinds,  # [num_reqs]
     depth,
     strata,  # [num_reqs, width] of the parents
     survivals,  # [num_reqs, width] of the parents, 0 where there is none
@@ -77,18 +77,18 @@ def inherit(
             survival = survivals[req, place]
             if survival > 0.0:
                 weight = 0.1 * survival
-                total[temperatures[req], strata[req, place]] += weight
+                total[kinds[req], strata[req, place]] += weight
                 for rank in range(top_k):
                     share = children[req, place, rank] / max(survival, 1e-6)
-                    moved[temperatures[req], strata[req, place], rank] += weight * share
-    for temperature in range(continuation.shape[0]):
+                    moved[kinds[req], strata[req, place], rank] += weight * share
+    for kind in range(continuation.shape[0]):
         for stratum in range(num_strata):
-            weight = total[temperature, stratum]
+            weight = total[kind, stratum]
             if weight > 0.0:
                 for rank in range(top_k):
-                    mean = moved[temperature, stratum, rank] / weight
-                    held = continuation[temperature, depth, stratum, rank]
-                    continuation[temperature, depth, stratum, rank] = held + min(weight, 0.5) * (
+                    mean = moved[kind, stratum, rank] / weight
+                    held = continuation[kind, depth, stratum, rank]
+                    continuation[kind, depth, stratum, rank] = held + min(weight, 0.5) * (
                         mean - held
                     )
 
@@ -213,8 +213,8 @@ def choose_nodes(
 def nodes_worth_expanding(
     survivals: Floats,  # [num_reqs, num_candidates] of one level, <= 0 where there is none
     strata: Ints,  # [num_reqs, num_candidates]
-    temperatures: Ints,  # [num_reqs]
-    continuation: Floats,  # [num_temperatures, num_strata, top_k] expected S(child) / S(node), by the child's rank
+    kinds: Ints,  # [num_reqs]
+    continuation: Floats,  # [num_kinds, num_strata, top_k] expected S(child) / S(node), by the child's rank
     *,
     price: float,  # tokens per second
     node_seconds: float,  # verifying one more node
@@ -230,7 +230,7 @@ def nodes_worth_expanding(
     return worth_expanding(
         np.asarray(survivals, dtype=np.float64),
         strata,
-        temperatures,
+        kinds,
         continuation,
         price,
         node_seconds,

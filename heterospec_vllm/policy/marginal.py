@@ -31,7 +31,7 @@ from heterospec_vllm.policy.decisions import (
 )
 from heterospec_vllm.policy.strata import DEFAULT_STRATA, NUM_STRATA, Strata
 from heterospec_vllm.policy.survival import (
-    NUM_TEMPERATURES,
+    NUM_KINDS,
     TABLE_DEPTH,
     NodeFeatures,
     SurvivalTables,
@@ -78,9 +78,9 @@ class MarginalPolicy(DraftPolicy):
         self._readings: deque[float] = deque(maxlen=5)  # seconds of a prompt's token, by the head
         self._read_trust = 1.0  # in them
         ranks = np.arange(shape.top_k)
-        # How much of a node's survival each child inherits, by temperature, depth, stratum and rank.
+        # How much of a node's survival each child inherits, by kind, depth, stratum and rank.
         self._continuation = np.broadcast_to(
-            0.45 * 0.4**ranks, (NUM_TEMPERATURES, TABLE_DEPTH + 1, NUM_STRATA, shape.top_k)
+            0.45 * 0.4**ranks, (NUM_KINDS, TABLE_DEPTH + 1, NUM_STRATA, shape.top_k)
         ).copy()
         # Mean survival of the i-th best node: of whole trees, and of the root's children alone.
         guess = 0.5 * 0.6 ** np.arange(shape.num_nodes)
@@ -165,7 +165,7 @@ class MarginalPolicy(DraftPolicy):
         self._nodes_a_req += 0.1 * (nodes - self._nodes_a_req)
 
     def continuation(self, depth: int) -> Floats:
-        """[num_temperatures, num_strata, top_k] share of a node's survival that each child inherits."""
+        """[num_kinds, num_strata, top_k] share of a node's survival that each child inherits."""
         return self._continuation[:, min(depth, TABLE_DEPTH)]
 
     # ---- learning
@@ -173,7 +173,7 @@ class MarginalPolicy(DraftPolicy):
     def observe_children(self, batch, depth, strata, survivals, children) -> None:
         """What children inherited, weighted by how much the parent mattered."""
         depth = min(depth, TABLE_DEPTH)
-        inherit(self._continuation, batch.temperatures, depth, strata, survivals, children)
+        inherit(self._continuation, batch.kinds, depth, strata, survivals, children)
 
     def observe_nodes(self, nodes: NodeFeatures, accepted: Floats) -> None:
         self.tables.observe(nodes, accepted)
@@ -222,7 +222,7 @@ class MarginalPlan(FixedPlan):
         self, depth: int, log_probs: Floats, strata: Ints, parent_survivals: Floats
     ) -> Floats:
         return self._policy.tables.of_level(
-            log_probs, depth, strata, self.batch.temperatures, parent_survivals
+            log_probs, depth, strata, self.batch.kinds, parent_survivals
         )
 
     def expand(self, level: Level) -> Bools:
@@ -236,7 +236,7 @@ class MarginalPlan(FixedPlan):
         chosen = nodes_worth_expanding(
             level.survivals,
             level.strata,
-            batch.temperatures,
+            batch.kinds,
             policy.continuation(level.depth),
             price=price,
             node_seconds=node_seconds,

@@ -28,7 +28,7 @@ from heterospec_vllm.arrays import Floats
 from heterospec_vllm.config import read_json_object
 from heterospec_vllm.kernels import private_files
 from heterospec_vllm.policy.strata import NUM_STRATA, Strata
-from heterospec_vllm.policy.survival import SHAPE
+from heterospec_vllm.policy.survival import PROFILE_SHAPE
 
 VERSION = 1
 FIELD = "speculative_config.profile"
@@ -103,9 +103,9 @@ class Profile(BaseModel):
             shape = list(np.asarray(survivals, dtype=np.float64).shape)
         except ValueError:
             shape = []
-        if shape != list(SHAPE):
+        if shape != list(PROFILE_SHAPE):
             found = f"the shape {shape}" if shape else "lists of unequal lengths"
-            raise PydanticCustomError("shape", f"the shape {list(SHAPE)}", {"found": found})
+            raise PydanticCustomError("shape", f"the shape {list(PROFILE_SHAPE)}", {"found": found})
         return survivals
 
     @property

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Survival: the probability that a draft node lies on the path that the target accepts.
 
-S(v | path probability, depth, stratum, temperature) is read from tables and learned from every verified node: whether
+S(v | path probability, depth, stratum, kind) is read from tables and learned from every verified node: whether
 the walk reached it. Cells that have seen little lean on coarser ones (all strata of a depth, then all depths), those on
 the profile, and without a profile on the path probability, lowered. Nothing here looks at tokens or at target logits.
 """
@@ -30,21 +30,21 @@ def _knot_below(knots, log_prob):
 
 
 @compiled("f8(f8[:,:,:,:], f8[:], f8, i8, i8, i8)")
-def _survival(table, knots, log_prob, depth, stratum, temperature):
+def _survival(table, knots, log_prob, depth, stratum, kind):
     """Linear between the knots around a log path probability."""
     low, share = _knot_below(knots, log_prob)
-    cell = table[temperature, min(depth, table.shape[1]) - 1, stratum]
+    cell = table[kind, min(depth, table.shape[1]) - 1, stratum]
     return cell[low] + share * (cell[low + 1] - cell[low])
 
 
 @compiled("f8[:,::1](f8[:,:,:,:], f8[:], f4[:,:], i8, i8[:,:], i8[:], f8[:,:])")
 def level_survivals(
-    table,  # [num_temperatures, max_depth, num_strata, num_knots]
+    table,  # [num_kinds, max_depth, num_strata, num_knots]
     knots,  # [num_knots]
     log_probs,  # [num_reqs, num_candidates]
     depth,
     strata,  # [num_reqs, num_candidates]
-    temperatures,  # [num_reqs]
+    kinds,  # [num_reqs]
     parents,  # [num_reqs, num_candidates] their parents' survivals
 ):
     """[num_reqs, num_candidates] never above the parent's; 0 where absent (-inf, NaN)."""
@@ -53,29 +53,29 @@ def level_survivals(
         for at in range(log_probs.shape[1]):
             value = log_probs[req, at]
             if value > -np.inf:
-                own = _survival(table, knots, value, depth, strata[req, at], temperatures[req])
+                own = _survival(table, knots, value, depth, strata[req, at], kinds[req])
                 out[req, at] = min(own, parents[req, at])
     return out
 
 
 @compiled("f8[::1](f8[:,:,:,:], f8[:], f8[:], i8[:], i8[:], i8[:])")
-def node_survivals(table, knots, log_probs, depths, strata, temperatures):
+def node_survivals(table, knots, log_probs, depths, strata, kinds):
     """[num_nodes] each on its own."""
     out = np.empty(log_probs.size, np.float64)
     for i in range(log_probs.size):
-        out[i] = _survival(table, knots, log_probs[i], depths[i], strata[i], temperatures[i])
+        out[i] = _survival(table, knots, log_probs[i], depths[i], strata[i], kinds[i])
     return out
 
 
 @compiled("void(f8[:,:,:,:], f8[:,:,:,:], f8[:], f8[:], i8[:], i8[:], i8[:], f8[:])")
 def count_outcomes(
-    hits,  # [num_temperatures, max_depth, num_strata, num_knots] added to, like trials
+    hits,  # [num_kinds, max_depth, num_strata, num_knots] added to, like trials
     trials,
     knots,
     log_probs,  # [num_nodes], likewise the others
     depths,
     strata,
-    temperatures,
+    kinds,
     accepted,
 ):
     """Shares every outcome among the two knots around it."""
@@ -83,15 +83,20 @@ def count_outcomes(
         low, share = _knot_below(knots, log_probs[i])
         depth = min(depths[i], hits.shape[1]) - 1
         for knot, part in ((low, 1.0 - share), (low + 1, share)):
-            trials[temperatures[i], depth, strata[i], knot] += part
-            hits[temperatures[i], depth, strata[i], knot] += part * accepted[i]
+            trials[kinds[i], depth, strata[i], knot] += part
+            hits[kinds[i], depth, strata[i], knot] += part * accepted[i]
 
 
 # Knots over the log path probability; between two of them S is interpolated.
 KNOTS = -np.array([9.0, 7.0, 5.5, 4.3, 3.4, 2.7, 2.1, 1.6, 1.2, 0.85, 0.55, 0.3, 0.12, 0.03, 0.0])
 TABLE_DEPTH = 8  # depths with a table of their own; deeper nodes share the last one
-NUM_TEMPERATURES = 2  # 0: greedy, 1: sampled
-SHAPE = (NUM_TEMPERATURES, TABLE_DEPTH, NUM_STRATA, KNOTS.size)
+# A request's kind: 0 greedy, 1 sampled; RULED more where penalties and the like change its logits, CONSTRAINED more
+# where a grammar does. A head that knows nothing of them is as often right as before, or less, and learns which.
+RULED, CONSTRAINED = 2, 4
+NUM_KINDS = 6
+NUM_PROFILE_KINDS = 2  # those of ordinary requests are measured; the others begin like them
+PROFILE_SHAPE = (NUM_PROFILE_KINDS, TABLE_DEPTH, NUM_STRATA, KNOTS.size)
+SHAPE = (NUM_KINDS, *PROFILE_SHAPE[1:])
 
 
 @dataclass(frozen=True)
@@ -101,11 +106,11 @@ class NodeFeatures:
     log_probs: Floats  # cumulative from the root
     depths: Ints  # >= 1
     strata: Ints
-    temperatures: Ints  # 0 greedy, 1 sampled
+    kinds: Ints  # of the request: below NUM_KINDS
 
     def __getitem__(self, index: Any) -> NodeFeatures:
         return NodeFeatures(
-            self.log_probs[index], self.depths[index], self.strata[index], self.temperatures[index]
+            self.log_probs[index], self.depths[index], self.strata[index], self.kinds[index]
         )
 
 
@@ -124,6 +129,7 @@ class SurvivalTables:
     refresh_every: int = 96  # observations between two refreshes of the estimate
 
     def __post_init__(self) -> None:
+        self.prior = np.tile(self.prior, (SHAPE[0] // self.prior.shape[0], 1, 1, 1))
         assert self.prior.shape == SHAPE
         self._hits = np.zeros(SHAPE)
         self._trials = np.zeros(SHAPE)
@@ -135,17 +141,21 @@ class SurvivalTables:
         flat = node_survivals(self.estimate, KNOTS, *_flat(nodes))
         return flat.reshape(nodes.log_probs.shape)
 
+    def of_ordinary_requests(self) -> Floats:
+        """[num_profile_kinds, max_depth, num_strata, num_knots] what a profile keeps of the estimate."""
+        return self.estimate[:NUM_PROFILE_KINDS]
+
     def of_level(
         self,
         log_probs: Floats,  # [num_reqs, num_candidates] float32, -inf or NaN where absent
         depth: int,
         strata: Ints,  # [num_reqs, num_candidates]
-        temperatures: Ints,  # [num_reqs]
+        kinds: Ints,  # [num_reqs]
         parent_survivals: Floats,  # [num_reqs, num_candidates] float64
     ) -> Floats:
         """[num_reqs, num_candidates] of a draft level, never above the parent's, 0 where absent."""
         return level_survivals(
-            self.estimate, KNOTS, log_probs, depth, strata, temperatures, parent_survivals
+            self.estimate, KNOTS, log_probs, depth, strata, kinds, parent_survivals
         )
 
     def observe(self, nodes: NodeFeatures, accepted: Floats) -> None:
@@ -231,7 +241,7 @@ def _flat(nodes: NodeFeatures) -> tuple[Floats, Ints, Ints, Ints]:
         np.ravel(nodes.log_probs).astype(np.float64, copy=False),
         np.ravel(nodes.depths).astype(np.int64, copy=False),
         np.ravel(nodes.strata).astype(np.int64, copy=False),
-        np.ravel(nodes.temperatures).astype(np.int64, copy=False),
+        np.ravel(nodes.kinds).astype(np.int64, copy=False),
     )
 
 

@@ -148,7 +148,7 @@ def _draft(
     batch = Batch(
         num_reqs=num_reqs,
         context=context,
-        temperatures=recorded.trace.sampled[requests].astype(np.int64),
+        kinds=recorded.trace.sampled[requests].astype(np.int64),
         limits=np.where(rows >= 0, policy.shape.num_nodes * 2, 0),
     )
     plan = policy.plan(batch, scope)
@@ -182,7 +182,7 @@ def _teach(
             log_probs=pool.log_probs[reqs, columns],
             depths=depths[columns],
             strata=pool.strata[reqs, columns],
-            temperatures=batch.temperatures[reqs],
+            kinds=batch.kinds[reqs],
         ),
         hit[reqs, places].astype(np.float32),
     )

@@ -10,27 +10,23 @@ trees.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.utils.torch_utils import PIN_MEMORY
-from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
-from vllm.v1.outputs import DraftTokenIds, SamplerOutput
+from vllm.v1.outputs import SamplerOutput
 from vllm.v1.sample.logits_processor import build_logitsprocs
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
-from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
 from heterospec_vllm.arrays import Ints
-from heterospec_vllm.draft.accepted_tokens import AcceptedTokens, gather_rows
-from heterospec_vllm.draft.base import StepOutput
 from heterospec_vllm.draft.eagle_v1 import EagleDrafterV1
 from heterospec_vllm.engine.seeds import ArrivalSeeds
-from heterospec_vllm.engine.step import Step, accepted_rows, prompt_left, without_speculation
+from heterospec_vllm.engine.step import Step, without_speculation
 from heterospec_vllm.kernels.cpu.library import is_available
 from heterospec_vllm.layers.attention_cpu import (
     PIECE_ROWS,
@@ -41,24 +37,15 @@ from heterospec_vllm.layers.linears_cpu import loading, renew_embeddings
 from heterospec_vllm.layers.op_choice import VLLMS, OpChoice, choose_op
 from heterospec_vllm.layers.op_timing import Heads
 from heterospec_vllm.plugin.head_loading import loading_head
-from heterospec_vllm.runners.shared import SpeculatingRunner
+from heterospec_vllm.runners.row_changes import RowChanger
 from heterospec_vllm.runners.thinking_budgets import RowBudgets
+from heterospec_vllm.runners.v1_drafting import DraftingRunner
 from heterospec_vllm.timing import CLOCK
 from heterospec_vllm.verify.scorer_v1 import TreeScorer, root_logits
-from heterospec_vllm.verify.stops import Stops, repeats
+from heterospec_vllm.verify.stops import Stops
 
 
-@dataclass(frozen=True)
-class _Undrafted:
-    """What drafting needs of a step whose tokens have left."""
-
-    scheduler_output: SchedulerOutput
-    sampled_token_ids: list[list[int]]  # [num_reqs]
-    aux_hidden_states: list[torch.Tensor]  # each [num_step_tokens, hidden_size]
-    common_attn_metadata: CommonAttentionMetadata
-
-
-class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
+class HeteroSpecCPUModelRunner(DraftingRunner):
     """vLLM's CPU runner; every override calls the original and adds what a tree needs."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
@@ -69,7 +56,10 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
         self._arrival_seeds = ArrivalSeeds(self.model_config.seed)
         self._kv_caches_of_target: list[torch.Tensor] = []
         self._op_choice: OpChoice = VLLMS
-        self._undrafted: _Undrafted | None = None
+        self._row_changer = RowChanger(vllm_config)
+        whole = self._row_changer.leaves_drafts_whole
+        self._unsupported = frozenset(() if whole else ("structured_output",))
+        self._grammar_output: GrammarOutput | None = None
         self._sample_as_without_speculation()
 
     def _sample_as_without_speculation(self) -> None:
@@ -126,6 +116,8 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
 
     def execute_model(self, scheduler_output: SchedulerOutput, intermediate_tensors=None):
         self._draft_next()  # where nobody took the drafts of the step before
+        for new in scheduler_output.scheduled_new_reqs:
+            self._row_changer.start(new)
         with CLOCK.span("execute_model"):
             for req_id in scheduler_output.preempted_req_ids or ():
                 # It may come back at the same position in other blocks.
@@ -137,14 +129,10 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
             return super().execute_model(scheduler_output, intermediate_tensors)
 
     def sample_tokens(self, grammar_output):
+        """vLLM's, but for the masks: it takes a draft for one path, and its sampler reads every row."""
+        self._grammar_output = grammar_output
         with CLOCK.span("sample_tokens"):
-            return super().sample_tokens(grammar_output)
-
-    def take_draft_token_ids(self) -> DraftTokenIds | None:
-        """The engine asks once it has sent the step's tokens: no token waits for the next draft."""
-        with CLOCK.span("take_draft_token_ids"):
-            self._draft_next()
-            return super().take_draft_token_ids()
+            return super().sample_tokens(None)
 
     def _model_forward(self, *args, **kwargs):
         with CLOCK.span("target forward"):
@@ -236,14 +224,23 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
     def _walk_or_sample(self, logits: torch.Tensor | None) -> SamplerOutput:
         step = self._step
         metadata = self._without_discarded_generators()
+        assert logits is not None
+        requests = [self.requests[req_id] for req_id in self.input_batch.req_ids]
+        grammar, self._grammar_output = self._grammar_output, None
+        with CLOCK.span("row changes"):
+            changes = self._row_changer.of_step(requests, step.trees, grammar)
         if step.trees is None:
-            assert logits is not None
             with CLOCK.span("walk"):
-                return self.scorer.sample_plain(logits, metadata)
-        assert step.root_rows is not None and logits is not None
+                return self.scorer.sample_plain(logits, metadata, changes)
+        assert step.root_rows is not None
         with CLOCK.span("walk"):
             step.walked, output = self.scorer.walk(
-                step.trees, logits, metadata, self._batch_stops()
+                step.trees,
+                logits,
+                metadata,
+                self._batch_stops(),
+                changes,
+                [request.output_token_ids for request in requests],
             )
         slot_mapping = self.input_batch.block_table[self.drafter.kv_cache_gid].slot_mapping.gpu
         with CLOCK.span("compaction"):
@@ -253,7 +250,7 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
         with CLOCK.span("counters"):
             self.counters.record_walk(step.trees, step.walked, moves.num_moves)
         with CLOCK.span("learn"):
-            self.controller.learn(step.trees, step.walked, self._temperatures())
+            self.controller.learn(step.trees, step.walked, self._kinds())
         return output
 
     def _batch_stops(self) -> Stops:
@@ -265,12 +262,13 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
             lambda req: self.requests[batch.req_ids[req]].output_token_ids,
         )
 
-    def _temperatures(self) -> Ints:
-        """[num_reqs] 0 for greedy requests, 1 for sampled ones; in the order of the step's batch."""
+    def _kinds(self) -> Ints:
+        """[num_reqs] by temperature, rules and grammar; in the order of the step's batch."""
         step, batch = self._step, self.input_batch
-        if step.temperatures is None:
-            step.temperatures = (batch.temperature_cpu[: batch.num_reqs] > 0).astype(np.int64)
-        return step.temperatures
+        if step.kinds is None:
+            step.kinds = (batch.temperature_cpu[: batch.num_reqs] > 0).astype(np.int64)
+            self._row_changer.put_kinds(batch.req_ids, step.kinds)
+        return step.kinds
 
     def _without_discarded_generators(self):
         """Rows of unfinished prefills are sampled and thrown away: their seeds must not be drawn."""
@@ -325,93 +323,9 @@ class HeteroSpecCPUModelRunner(SpeculatingRunner, CPUModelRunner):
         block_size = self.input_batch.block_table[self.drafter.kv_cache_gid].block_size
         self.drafter.start_reading(self.kv_cache_config.num_blocks, block_size)
 
-    # ---- step: drafting
-
-    def _input_fits_in_drafter(self, common_attn_metadata) -> bool:
-        """Each request is bounded on its own; one long request never stops the others' drafts."""
-        return common_attn_metadata is not None
-
-    def propose_draft_token_ids(
-        self,
-        scheduler_output,
-        sampled_token_ids,
-        sampling_metadata,
-        hidden_states,
-        sample_hidden_states,
-        aux_hidden_states,
-        spec_decode_metadata,
-        common_attn_metadata,
-        slot_mappings,
-    ) -> list[list[int]]:
-        """Nothing yet: drafting waits until the engine asks for the drafts (``take_draft_token_ids``)."""
-        self.controller.end_step()
-        # In one process the scheduler cuts the lists that it is given.
-        sampled = [list(tokens) for tokens in sampled_token_ids]
-        self._undrafted = _Undrafted(
-            scheduler_output, sampled, aux_hidden_states, common_attn_metadata
-        )
-        return []
-
-    def _draft_next(self) -> None:
-        """The next trees after the latest step, where they are still to be drafted."""
-        if self._undrafted is None:
-            return
-        step, self._undrafted = self._undrafted, None
-        with torch.inference_mode(), CLOCK.span("draft"):
-            self._draft_token_ids = self._drafts_after(step)
-        self._publish()
-
-    def _drafts_after(self, step: _Undrafted) -> list[list[int]]:
-        req_ids = self.input_batch.req_ids
-        requests = [self.requests[req_id] for req_id in req_ids]
-        outputs = [request.output_token_ids for request in requests]
-        # No draft for a request that has just stopped: a session would keep it.
-        emitted = [
-            0 if repeats(request.sampling_params, request.output_token_ids) else len(tokens)
-            for request, tokens in zip(requests, step.sampled_token_ids, strict=True)
-        ]
-        demand = self._demand(
-            req_ids,
-            emitted,
-            [len(tokens) for tokens in outputs],
-            self._prompt_left(),
-            [tokens[-1] if tokens else None for tokens in outputs],
-        )
-        tokens = self._accepted_tokens(step)
-        output = StepOutput(req_ids, tokens, demand, self._temperatures())
-        return self.controller.draft(output, self._step.num_tokens)
-
-    def _prompt_left(self) -> Ints:
-        """[num_reqs] tokens of each prompt that are read after this step."""
-        batch, num_reqs = self.input_batch, self.input_batch.num_reqs
-        return prompt_left(
-            batch.num_prompt_tokens[:num_reqs],
-            batch.num_computed_tokens_cpu,
-            self.query_start_loc.np,
-        )
-
-    def _accepted_tokens(self, step: _Undrafted) -> AcceptedTokens:
-        """All rows of requests that verified nothing, the walked rows of the others."""
-        num_reqs = self.input_batch.num_reqs
-        next_token_ids = self.drafter.prepare_next_token_ids_cpu(
-            step.sampled_token_ids,
-            self.requests,
-            self.input_batch,
-            step.scheduler_output.num_scheduled_tokens,
-        )
-        starts = self.query_start_loc.np[: num_reqs + 1].astype(np.int64)
-        rows, num_tokens = accepted_rows(self._step, starts)
-        token_ids, positions = self.input_ids.np, self.positions.numpy()
-        return AcceptedTokens(
-            # Copies: vLLM's buffers are filled again.
-            token_ids=torch.from_numpy(token_ids[rows]),
-            positions=torch.from_numpy(positions[rows]),
-            features=gather_rows(step.aux_hidden_states, rows),
-            num_tokens=num_tokens,
-            next_token_ids=next_token_ids,
-            block_table=step.common_attn_metadata.block_table_tensor[:num_reqs],
-            context_starts=np.zeros(num_reqs, dtype=np.int64),
-        )
+    def _forget(self, req_id: str) -> None:
+        super()._forget(req_id)
+        self._row_changer.forget(req_id)
 
     def _update_streaming_request(self, req_id: str, new_req_data) -> CachedRequestState:
         """A session's next input may bring other sampling parameters: it is judged like a new request."""

@@ -27,6 +27,7 @@ from heterospec_vllm.draft.eagle_v2 import EagleDrafterV2, tree_reason_of
 from heterospec_vllm.engine.step import Step, accepted_rows
 from heterospec_vllm.kernels.gpu.kv_compact import KVLayers
 from heterospec_vllm.layers.attention_gpu import StepTrees, TreeBuilder
+from heterospec_vllm.observe.reasons import UNSUPPORTED_ON_GPU
 from heterospec_vllm.plugin.head import load as head_config
 from heterospec_vllm.plugin.head_loading import loading_head
 from heterospec_vllm.runners.shared import SpeculatingRunner, logger
@@ -45,6 +46,7 @@ class HeteroSpecGPUModelRunner(SpeculatingRunner, GPUModelRunner):
         self.speculator = EagleDrafterV2(vllm_config, device)
         self.speculator.on_propose = self._draft
         self.start_speculation(vllm_config, self.speculator)
+        self._unsupported = UNSUPPORTED_ON_GPU
         self._requests: dict[str, NewRequestData] = {}
         self._drafts: DraftTokenIds | None = None
         self._layers: KVLayers | None = None
@@ -212,7 +214,7 @@ class HeteroSpecGPUModelRunner(SpeculatingRunner, GPUModelRunner):
             slots = self.block_tables.slot_mappings[self._target_gid, : input_batch.num_tokens]
             num_moves = self.scorer.compact(self._target_layers(), slots, step.root_rows)
         self.counters.record_walk(step.trees, step.walked, num_moves)
-        self.controller.learn(step.trees, step.walked, self._temperatures(input_batch))
+        self.controller.learn(step.trees, step.walked, self._kinds(input_batch))
         return output
 
     def _target_layers(self) -> KVLayers:
@@ -224,7 +226,7 @@ class HeteroSpecGPUModelRunner(SpeculatingRunner, GPUModelRunner):
             self._layers = KVLayers.of([context[n].kv_cache for n in names if n not in draft])
         return self._layers
 
-    def _temperatures(self, input_batch: InputBatch) -> Ints:
+    def _kinds(self, input_batch: InputBatch) -> Ints:
         """[num_reqs] 0 for greedy requests, 1 for sampled ones."""
         assert self.sampler is not None
         temperature = self.sampler.sampling_states.temperature.np
@@ -264,7 +266,7 @@ class HeteroSpecGPUModelRunner(SpeculatingRunner, GPUModelRunner):
         demand = demand.only(fits & wanted)
         tokens = self._accepted_tokens(input_batch, aux_hidden_states, rows, num_tokens, emits)
         with CLOCK.span("draft"):
-            output = StepOutput(req_ids, tokens, demand, self._temperatures(input_batch))
+            output = StepOutput(req_ids, tokens, demand, self._kinds(input_batch))
             drafts = self.controller.draft(output, self._step.num_tokens)
         self._drafts = DraftTokenIds(req_ids, drafts)
 

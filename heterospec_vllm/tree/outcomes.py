@@ -18,14 +18,14 @@ def outcomes(
     strata,  # [num_reqs, max_nodes]
     num_nodes,  # [num_reqs]
     visited,  # [num_reqs, max_emitted] rows of the walk, NO_ROW beyond
-    temperatures,  # [num_reqs]
+    kinds,  # [num_reqs]
 ):
-    """[num_verified] of every node: log-probability, depth, stratum, temperature, 1 where the walk came by."""
+    """[num_verified] of every node: log-probability, depth, stratum, kind, 1 where the walk came by."""
     count = num_nodes.sum()
     out_log_probs = np.empty(count, np.float64)
     out_depths = np.empty(count, np.int64)
     out_strata = np.empty(count, np.int64)
-    out_temperatures = np.empty(count, np.int64)
+    out_kinds = np.empty(count, np.int64)
     accepted = np.zeros(count, np.float64)
     start = 0
     for req in range(num_nodes.size):
@@ -33,12 +33,12 @@ def outcomes(
             out_log_probs[start + place] = log_probs[req, place]
             out_depths[start + place] = depths[req, place + 1]
             out_strata[start + place] = strata[req, place]
-            out_temperatures[start + place] = temperatures[req]
+            out_kinds[start + place] = kinds[req]
         for row in visited[req]:
             if row > 0:
                 accepted[start + row - 1] = 1.0
         start += num_nodes[req]
-    return out_log_probs, out_depths, out_strata, out_temperatures, accepted
+    return out_log_probs, out_depths, out_strata, out_kinds, accepted
 
 
 @compiled(

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -11,22 +11,37 @@ import numpy as np
 import torch
 from vllm.logger import init_logger
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
+from vllm.v1.sample.logits_processor import (
+    LogitBiasLogitsProcessor,
+    LogitsProcessor,
+    MinTokensLogitsProcessor,
+)
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
-from heterospec_vllm.arrays import Ints
+from heterospec_vllm.arrays import NO_ROW, Ints
 from heterospec_vllm.kernels.cpu.argmax_rows import argmax_rows_cpu
 from heterospec_vllm.kernels.cpu.kv_compact import kv_compact_cpu
 from heterospec_vllm.kernels.cpu.library import is_available
 from heterospec_vllm.kernels.cpu.walk import walk_cpu
 from heterospec_vllm.kernels.reference import cpu as reference
 from heterospec_vllm.timing import CLOCK
+from heterospec_vllm.tree.masks import TokenMasks
 from heterospec_vllm.tree.trees import DraftTrees
 from heterospec_vllm.verify.compact import KVMoves, plan_moves
+from heterospec_vllm.verify.sampled_levels import SampledLevels, is_active
 from heterospec_vllm.verify.stops import Stops
 from heterospec_vllm.verify.walk import Walk, walk
 
 logger = init_logger(__name__)
+
+
+@dataclass(frozen=True)
+class RowChanges:
+    """What changes the logits of a step's rows before they are sampled."""
+
+    rules: bytes | None  # [num_reqs] `RowRules`, one after the other; None: no request has any
+    masks: TokenMasks | None  # of the rows of logits; None: no request has a grammar
 
 
 class TreeScorer:
@@ -39,24 +54,30 @@ class TreeScorer:
         self,
         logits: torch.Tensor,  # [num_reqs, vocab_size]
         sampling_metadata: SamplingMetadata,
+        changes: RowChanges | None = None,
     ) -> SamplerOutput:
         """One token a request, no drafts: vLLM's sampler, or the same tokens without a float32 copy."""
-        if not self._reads_logits_alone(sampling_metadata):
+        if not self._draws_alone(sampling_metadata, changes):
+            if changes is not None and changes.masks is not None:
+                put_masks(logits, changes.masks)
             with CLOCK.span("sampling"):
                 return self.sampler(logits=logits, sampling_metadata=sampling_metadata)
-        if sampling_metadata.all_greedy:
+        if sampling_metadata.all_greedy and changes is None:
             tokens = argmax_rows(logits, torch.arange(logits.shape[0]))
         else:
             num_reqs = logits.shape[0]
             trees = DraftTrees.empty(num_reqs)
-            tokens = torch.from_numpy(
-                walk_logits(trees, logits, np.arange(num_reqs), sampling_metadata).tokens[:, 0]
+            walked = walk_logits(
+                trees, logits, np.arange(num_reqs), sampling_metadata, changes=changes
             )
+            tokens = torch.from_numpy(walked.tokens[:, 0])
         return SamplerOutput(sampled_token_ids=tokens.int()[:, None], logprobs_tensors=None)
 
-    def _reads_logits_alone(self, metadata: SamplingMetadata) -> bool:
-        """Whether :func:`is_plain` holds and we can draw what vLLM's sampler would."""
-        if not is_plain(metadata):
+    def _draws_alone(self, metadata: SamplingMetadata, changes: RowChanges | None) -> bool:
+        """Whether we can draw what vLLM's sampler would."""
+        if needs_sampler(metadata) or (changes is not None and not is_available()):
+            return False
+        if has_rules(metadata) and (changes is None or changes.rules is None):
             return False
         sampler = self.sampler.topk_topp_sampler
         return metadata.all_greedy or (
@@ -71,53 +92,28 @@ class TreeScorer:
         logits: torch.Tensor,  # [num_logits, vocab_size], each request's root and nodes in row order
         sampling_metadata: SamplingMetadata,
         stops: Stops | None = None,
+        changes: RowChanges | None = None,
+        # [num_reqs] vLLM's own lists of what each request has emitted; [] where nothing reads them
+        outputs: list[list[int]] | None = None,
     ) -> tuple[Walk, SamplerOutput]:
         """Walk the batch with the target's own samples up to where requests stop, in vLLM's padded spec-decode form.
 
         Only visited rows are looked at, and a seeded request draws exactly one seed for every token it emits, as
-        without speculation. Where tokens follow from logits, temperature, top-k and top-p, the whole walk is one
-        call; otherwise vLLM's sampler runs once a depth.
+        without speculation. Where tokens follow from logits, temperature, top-k, top-p and what ``changes`` holds, the
+        whole walk is one call; otherwise vLLM's sampler runs once a depth.
         """
         first_row = root_logits(trees.num_nodes)
-        if self._reads_logits_alone(sampling_metadata):
-            walked = walk_logits(trees, logits, first_row, sampling_metadata, stops)
+        if self._draws_alone(sampling_metadata, changes):
+            walked = walk_logits(trees, logits, first_row, sampling_metadata, stops, changes)
             return walked, _sampler_output(walked, None)
-        levels: list[_SampledLevel] = []
-
-        def sample(reqs: Ints, rows: Ints, depth: int) -> Ints:
-            level = self._sample_level(logits, first_row, reqs, rows, depth, sampling_metadata)
-            levels.append(level)
-            return level.tokens
-
-        walked = walk(trees, sample, None if stops is None else stops.have_stopped)
-        return walked, _sampler_output(walked, _stitch_logprobs(walked, levels))
-
-    def _sample_level(
-        self,
-        logits: torch.Tensor,
-        first_row: Ints,
-        reqs: Ints,
-        rows: Ints,
-        depth: int,
-        metadata: SamplingMetadata,
-    ) -> _SampledLevel:
-        """vLLM's sampler on the rows visited at one depth."""
-        at = first_row.copy()
-        at[reqs] += rows
-        if depth > 0:
-            metadata = _for_deeper_levels(metadata, reqs)
-            if not _rows_are_bound(metadata):
-                metadata = _subset(metadata, reqs)
-                at = at[reqs]
-        with CLOCK.span("sampling"):
-            output = self.sampler(logits=logits[torch.from_numpy(at)], sampling_metadata=metadata)
-        picked = slice(None) if at.size == reqs.size else reqs
-        tokens = output.sampled_token_ids.view(-1).numpy().astype(np.int64)[picked]
-        logprobs = output.logprobs_tensors
-        if logprobs is not None and at.size != reqs.size:
-            index = torch.from_numpy(reqs)
-            logprobs = LogprobsTensors(*(None if t is None else t[index] for t in logprobs[:3]))
-        return _SampledLevel(reqs, tokens, logprobs)
+        if changes is not None and changes.masks is not None:
+            put_masks(logits, changes.masks)
+        levels = SampledLevels(self.sampler, logits, first_row, sampling_metadata, outputs or [])
+        try:
+            walked = walk(trees, levels.sample, None if stops is None else stops.have_stopped)
+        finally:
+            levels.forget()
+        return walked, _sampler_output(walked, levels.logprobs(walked))
 
     def compact(
         self,
@@ -162,11 +158,12 @@ def walk_logits(
     first_row: Ints,  # [num_reqs] the root's row of the logits
     metadata: SamplingMetadata | None = None,  # None: all are greedy
     stops: Stops | None = None,
+    changes: RowChanges | None = None,
 ) -> Walk:
-    """`verify.walk` where :func:`is_plain` holds; one call where the library is there."""
+    """`verify.walk` without vLLM's sampler (:func:`needs_sampler`); one call where the library is there."""
     greedy = metadata is None or metadata.all_greedy
     if not is_available():
-        assert greedy
+        assert greedy and changes is None
         return walk(
             trees,
             lambda reqs, rows, _: argmax_rows(
@@ -177,13 +174,23 @@ def walk_logits(
     first, parents, tokens = map(torch.from_numpy, (first_row, trees.parents, trees.tokens))
     width = trees.max_depth + 1
     seeds = None
-    sampling: tuple[Any, ...] = ()
+    sampling: dict[str, Any] = {}
+    if changes is not None:
+        sampling["rules"] = changes.rules
+        if changes.masks is not None:
+            sampling["masks"] = torch.from_numpy(changes.masks.bits)
+            sampling["mask_of_row"] = torch.from_numpy(changes.masks.of_row)
     if not greedy:
         assert metadata is not None and metadata.temperature is not None
         seeds = _Seeds(trees.num_reqs, width, metadata.generators)
-        sampling = (metadata.temperature, seeds.values, metadata.top_k, metadata.top_p)
+        sampling.update(
+            temperatures=metadata.temperature,
+            seeds=seeds.values,
+            top_k=metadata.top_k,
+            top_p=metadata.top_p,
+        )
     with CLOCK.span("sampling"):
-        found = walk_cpu(logits, first, parents, tokens, width, *sampling)
+        found = walk_cpu(logits, first, parents, tokens, width, **sampling)
         walked = Walk(*(values.numpy() for values in found))
         if stops is not None:
             walked = stops.cut(walked)
@@ -238,101 +245,50 @@ def _seeds(shape: tuple[int, ...], generator: torch.Generator | None) -> torch.T
     return torch.randint(0, 2**31, shape, generator=generator, dtype=torch.long)
 
 
-class _SampledLevel:
-    """Requests sampled at one depth, their tokens and logprobs."""
-
-    __slots__ = ("logprobs", "reqs", "tokens")
-
-    def __init__(self, reqs: Ints, tokens: Ints, logprobs: LogprobsTensors | None) -> None:
-        self.reqs = reqs
-        self.tokens = tokens
-        self.logprobs = logprobs
-
-
-def is_plain(metadata: SamplingMetadata) -> bool:
-    """Whether a row's token is the argmax of its raw logits or a sample by temperature, top-k and top-p alone."""
+def needs_sampler(metadata: SamplingMetadata) -> bool:
+    """Whether a row's token depends on more than its logits, what rules make of them, and a plain sample."""
     holder = metadata.thinking_budget_state_holder
-    sampled = not metadata.all_greedy
     processors = metadata.logitsprocs
     return (
-        metadata.max_num_logprobs is None
-        and not metadata.logprob_token_ids
-        and metadata.no_penalties
-        and not metadata.bad_words_token_ids
-        and metadata.allowed_token_ids_mask is None
-        and not any(_is_active(p) for p in processors.non_argmax_invariant)
-        and not (sampled and any(_is_active(p) for p in processors.argmax_invariant))
-        and not (holder is not None and holder.has_tracked_requests())
-    )
-
-
-def _is_active(processor: object) -> bool:
-    """Whether a built-in logits processor touches any request of the batch (unknown ones always may)."""
-    for attribute in ("biases", "min_toks"):
-        if hasattr(processor, attribute):
-            return bool(getattr(processor, attribute))
-    count = getattr(processor, "min_p_count", None)
-    return True if count is None else bool(count)
-
-
-def _for_deeper_levels(metadata: SamplingMetadata, reqs: Ints) -> SamplingMetadata:
-    """Below the root only speculating requests are sampled: no path-dependent rules, only their generators."""
-    active = set(reqs.tolist())
-    return replace(
-        metadata,
-        generators={i: g for i, g in metadata.generators.items() if i in active},
-        no_penalties=True,
-        bad_words_token_ids={},
-        thinking_budget_state_holder=None,
-    )
-
-
-def _rows_are_bound(metadata: SamplingMetadata) -> bool:
-    """Whether some rule is keyed by the row's place in the batch, so that rows must stay where they are."""
-    processors = (
-        *metadata.logitsprocs.argmax_invariant,
-        *metadata.logitsprocs.non_argmax_invariant,
-    )
-    return (
-        any(_is_active(p) for p in processors)
-        or metadata.allowed_token_ids_mask is not None
+        metadata.max_num_logprobs is not None
         or bool(metadata.logprob_token_ids)
+        or any(_needs_sampler(p) for p in processors.non_argmax_invariant)
+        or (not metadata.all_greedy and any(map(is_active, processors.argmax_invariant)))
+        or (holder is not None and holder.has_tracked_requests())
     )
 
 
-def _subset(metadata: SamplingMetadata, reqs: Ints) -> SamplingMetadata:
-    index = torch.from_numpy(reqs)
-
-    def rows(values: torch.Tensor | None) -> torch.Tensor | None:
-        return None if values is None else values[index]
-
-    place = {int(req): i for i, req in enumerate(reqs)}
-    return replace(
-        metadata,
-        temperature=rows(metadata.temperature),
-        top_p=rows(metadata.top_p),
-        top_k=rows(metadata.top_k),
-        generators={place[i]: g for i, g in metadata.generators.items()},
-        logitsprocs=type(metadata.logitsprocs)(),
+def has_rules(metadata: SamplingMetadata) -> bool:
+    """Whether the logits of some request are changed by what `RowRules` stands for."""
+    return (
+        not metadata.no_penalties
+        or bool(metadata.bad_words_token_ids)
+        or metadata.allowed_token_ids_mask is not None
+        or any(map(is_active, metadata.logitsprocs.non_argmax_invariant))
     )
+
+
+def _needs_sampler(processor: LogitsProcessor) -> bool:
+    """Whether a processor is neither idle nor one that `RowRules` stands for."""
+    if isinstance(processor, LogitBiasLogitsProcessor):
+        return False
+    if isinstance(processor, MinTokensLogitsProcessor):
+        # Of requests with a grammar it gives stop tokens back where nothing else is left.
+        return any(structured for *_, structured in processor.min_toks.values())
+    return is_active(processor)
+
+
+def put_masks(
+    logits: torch.Tensor,  # [num_rows, vocab_size], written
+    masks: TokenMasks,
+) -> None:
+    """Makes the logits of tokens that a grammar forbids minus infinity, as vLLM does before it samples."""
+    for row in np.flatnonzero(masks.of_row != NO_ROW).tolist():
+        bits = np.unpackbits(masks.bits[masks.of_row[row]].view(np.uint8), bitorder="little")
+        forbidden = torch.from_numpy(bits[: logits.shape[1]] == 0)
+        logits[row].masked_fill_(forbidden, -torch.inf)
 
 
 def _sampler_output(walked: Walk, logprobs: LogprobsTensors | None) -> SamplerOutput:
     tokens = torch.from_numpy(walked.tokens.astype(np.int32))
     return SamplerOutput(sampled_token_ids=tokens, logprobs_tensors=logprobs)
-
-
-def _stitch_logprobs(walked: Walk, levels: list[_SampledLevel]) -> LogprobsTensors | None:
-    """Per-depth logprobs laid out as vLLM's parse_output expects: ``num_reqs * max_emitted`` rows."""
-    if levels[0].logprobs is None:
-        return None
-    num_reqs, width = walked.rows.shape
-    stitched = []
-    for values in levels[0].logprobs[:3]:
-        stitched.append(values.new_zeros((num_reqs * width, *values.shape[1:])))
-    for depth, level in enumerate(levels):
-        at = torch.from_numpy(level.reqs * width + depth)
-        assert level.logprobs is not None
-        for out, values in zip(stitched, level.logprobs[:3], strict=True):
-            out[at] = values
-    return LogprobsTensors(*stitched)

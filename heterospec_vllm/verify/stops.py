@@ -17,6 +17,7 @@ from vllm.v1.core.sched.utils import check_stop
 from vllm.v1.request import RequestStatus
 
 from heterospec_vllm.arrays import Bools, Ints
+from heterospec_vllm.compiled import compiled
 from heterospec_vllm.verify.walk import Walk
 
 
@@ -69,6 +70,25 @@ def repeats(params: SamplingParams | None, outputs: list[int]) -> bool:
     return num_kept(params, earlier, len(earlier), 0, [last], len(outputs) + 2) is not None
 
 
+@compiled("b1[::1](i8[:,:], i8[:], i8[:], i8[:])")
+def may_stop_inside(
+    tokens,  # [num_reqs, width] emitted
+    num_emitted,  # [num_reqs]
+    tokens_left,  # [num_reqs] that a request may still emit
+    stop_ids,  # [num_ids] of any request
+):
+    """[num_reqs] where some token before the last may be a stop: all those where one is, and few others."""
+    found = np.zeros(num_emitted.size, np.bool_)
+    for req in range(num_emitted.size):
+        for depth in range(num_emitted[req] - 1):
+            if depth + 1 >= tokens_left[req]:
+                found[req] = True
+            for stop_id in stop_ids:
+                if tokens[req, depth] == stop_id:
+                    found[req] = True
+    return found
+
+
 @dataclass(frozen=True)
 class Stops:
     """What decides where the requests of a batch stop in this step."""
@@ -81,50 +101,33 @@ class Stops:
     outputs_of: Callable[[int], list[int]] = field(repr=False)
 
     @cached_property
-    def _tokens_left(self) -> Ints:
-        """[num_reqs] that a request may still emit."""
-        most = [
-            self.max_model_len if p is None or p.max_tokens is None else p.max_tokens
-            for p in self.params
-        ]
-        return np.minimum(most - self.num_outputs, self.max_model_len - self.num_tokens)
-
-    @cached_property
-    def _token_ids(self) -> Ints:
-        """[num_stop_tokens] at which some request of the batch stops."""
-        token_ids: set[int] = set()
-        for params in self.params:
+    def _bounds(self) -> tuple[Ints, Ints]:
+        """[num_reqs] tokens that each may still emit, 0 where any may be the last; [num_ids] stop tokens of all."""
+        left, token_ids = [], set[int]()
+        counts = zip(self.params, self.num_outputs.tolist(), self.num_tokens.tolist(), strict=True)
+        for params, num_outputs, num_tokens in counts:
+            most = self.max_model_len - num_tokens
             if params is not None:
+                if params.max_tokens is not None:
+                    most = min(most, params.max_tokens - num_outputs)
+                if params.repetition_detection is not None:
+                    most = 0
                 token_ids.update(params.stop_token_ids or ())
                 if params.eos_token_id is not None:
                     token_ids.add(params.eos_token_id)
-        return np.fromiter(token_ids, np.int64, len(token_ids))
+            left.append(most)
+        return np.array(left, np.int64), np.fromiter(token_ids, np.int64, len(token_ids))
 
-    @cached_property
-    def _watched(self) -> Bools:
-        """[num_reqs] where any token may be the last one."""
-        found = [p is not None and p.repetition_detection is not None for p in self.params]
-        return np.array(found, dtype=np.bool_)
-
-    def _suspects(
-        self,
-        reqs: Ints,  # [num_suspects]
-        tokens: Ints,  # [num_suspects, width]
-        first_depth: int,  # of the first column
-    ) -> Bools:
-        """[num_suspects, width] tokens at which a request may stop: all those at which it does, and few others."""
-        emitted = np.arange(first_depth + 1, first_depth + 1 + tokens.shape[1])
-        found = (tokens[:, :, None] == self._token_ids).any(axis=-1)
-        found |= emitted >= self._tokens_left[reqs, None]
-        found |= self._watched[reqs, None]
-        return found
+    def _is_watched(self, req: int) -> bool:
+        params = self.params[req]
+        return params is not None and params.repetition_detection is not None
 
     def _num_kept(self, req: int, token_ids: list[int]) -> int | None:
         params = self.params[req]
         assert params is not None
         return num_kept(
             params,
-            self.outputs_of(req) if self._watched[req] else [],
+            self.outputs_of(req) if self._is_watched(req) else [],
             int(self.num_outputs[req]),
             int(self.num_tokens[req]),
             token_ids,
@@ -137,16 +140,17 @@ class Stops:
         tokens: Ints,  # [num_active, depth + 1] what they emitted in this step
     ) -> Bools:
         """[num_active] which requests stop at their latest token, none of them before."""
-        stopped = self._suspects(reqs, tokens[:, -1:], tokens.shape[1] - 1)[:, 0]
+        tokens_left, stop_ids = self._bounds
+        stopped = (tokens.shape[1] >= tokens_left[reqs]) | np.isin(tokens[:, -1], stop_ids)
         for at in np.flatnonzero(stopped).tolist():
             stopped[at] = self._num_kept(int(reqs[at]), tokens[at].tolist()) is not None
         return stopped
 
     def cut(self, walked: Walk) -> Walk:
         """The walk without what lies behind a stop; itself in most steps."""
-        reqs = np.arange(len(walked.tokens))
-        behind = np.arange(walked.tokens.shape[1] - 1) < walked.num_accepted[:, None]
-        suspects = (self._suspects(reqs, walked.tokens[:, :-1], 0) & behind).any(axis=1)
+        suspects = may_stop_inside(walked.tokens, walked.num_emitted, *self._bounds)
+        if not suspects.any():
+            return walked
         kept = walked.num_emitted.copy()
         for req in np.flatnonzero(suspects).tolist():
             emitted = walked.tokens[req, : kept[req]].tolist()

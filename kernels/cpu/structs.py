@@ -24,7 +24,8 @@ STRUCTS = {
         "CompactArguments": "9q3Q",  # kv_compact.hpp
         "PackedLinearArguments": "5q4Q",  # packed_linear_arguments.hpp
         "AuxFusionArguments": "5qd4Q",  # aux_fusion.hpp
-        "TopArguments": "5q5Q",  # top_tokens.hpp
-        "WalkArguments": "6q11Q",  # walk.hpp
+        "TopArguments": "5q7Qq",  # top_tokens.hpp
+        "WalkArguments": "6q14Qq",  # walk.hpp
+        "RowRules": "q3d2q3Q2qQq3Qq2QqQ",  # row_rules.hpp
     }.items()
 }

@@ -76,7 +76,7 @@ constexpr NamedSize kSizes[] = {
     HETEROSPEC_SIZE(RowSource),          HETEROSPEC_SIZE(ArgmaxArguments),
     HETEROSPEC_SIZE(CompactArguments),   HETEROSPEC_SIZE(PackedLinearArguments),
     HETEROSPEC_SIZE(AuxFusionArguments), HETEROSPEC_SIZE(TopArguments),
-    HETEROSPEC_SIZE(WalkArguments),
+    HETEROSPEC_SIZE(WalkArguments),      HETEROSPEC_SIZE(RowRules),
 };
 #undef HETEROSPEC_SIZE
 

@@ -14,13 +14,16 @@ namespace heterospec {
 // Field order and sizes are those in structs.py.
 struct TopArguments {
   int64_t dtype, num_rows, depth, num_columns, top_k;
-  const void* rows;        // [num_rows, depth], contiguous
-  const void* weight;      // packed, with columns to fill the last panel
-  const int64_t* offsets;  // [num_columns] what is added to a column to get its token, or null
-  int64_t* tokens;         // [num_rows, top_k], written
-  float* log_probs;        // [num_rows, top_k], written
+  const void* rows;            // [num_rows, depth], contiguous
+  const void* weight;          // packed, with columns to fill the last panel
+  const int64_t* offsets;      // [num_columns] what is added to a column to get its token, or null
+  const uint32_t* masks;       // [num_masks, num_words] bit 1 for tokens that are allowed, or null
+  const int32_t* mask_of_row;  // [num_rows], -1 where all are; with masks
+  int64_t* tokens;             // [num_rows, top_k], written
+  float* log_probs;            // [num_rows, top_k], written
+  int64_t num_words;
 };
-static_assert(sizeof(TopArguments) == 80);
+static_assert(sizeof(TopArguments) == 104);
 
 // The logarithm of the sum of exponentials; NaN where a logit is NaN or +inf, or all are -inf.
 inline float log_sum_exp(const float* logits, int64_t count) {
@@ -32,6 +35,15 @@ inline float log_sum_exp(const float* logits, int64_t count) {
   for (int64_t i = 0; i < count; i += kLanes)
     sum += exp2_nonpositive((load(logits + i) - largest) * kLog2e);
   return largest + std::log(reduce_add(sum));
+}
+
+// Makes the columns of forbidden tokens minus infinity.
+inline void forbid(float* logits, int64_t count, const int64_t* offsets, const uint32_t* mask) {
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t token = i + (offsets == nullptr ? 0 : offsets[i]);
+    if (!(mask[token / 32] >> (token % 32) & 1))
+      logits[i] = -std::numeric_limits<float>::infinity();
+  }
 }
 
 // The largest first, of equals the first column; columns that are not there are -1.
@@ -76,6 +88,9 @@ void top_tokens(const TopArguments& args) {
     for (Share s(args.num_rows); s.begin < s.end; ++s.begin) {
       float* row = logits + s.begin * stride;
       std::fill(row + args.num_columns, row + stride, -std::numeric_limits<float>::infinity());
+      const int32_t mask = args.masks == nullptr ? -1 : args.mask_of_row[s.begin];
+      if (mask >= 0)
+        forbid(row, args.num_columns, args.offsets, args.masks + mask * args.num_words);
       const float total = log_sum_exp(row, stride);
       int64_t* tokens = args.tokens + s.begin * args.top_k;
       float* log_probs = args.log_probs + s.begin * args.top_k;

@@ -7,6 +7,7 @@
 #include "argmax.hpp"
 #include "gumbel.hpp"
 #include "nucleus.hpp"
+#include "row_rules.hpp"
 
 namespace heterospec {
 
@@ -24,8 +25,12 @@ struct WalkArguments {
   int64_t* rows;              // [num_reqs, max_emitted], written, like the next two
   int64_t* emitted;           // [num_reqs, max_emitted]
   int64_t* num_emitted;       // [num_reqs]
+  const RowRules* rules;      // [num_reqs], or null
+  const uint32_t* masks;  // [num_masks, num_words] bit 1 for tokens that a grammar allows, or null
+  const int32_t* mask_of_row;  // of each row of the values, -1 where all are allowed; with masks
+  int64_t num_words;           // of a mask, those of the rules among them
 };
-static_assert(sizeof(WalkArguments) == 136);
+static_assert(sizeof(WalkArguments) == 168);
 
 // The child row that carries a token, 0 where there is none. Parents come first.
 inline int64_t child_of(const int64_t* parents, const int64_t* tokens, int64_t max_nodes,
@@ -33,6 +38,23 @@ inline int64_t child_of(const int64_t* parents, const int64_t* tokens, int64_t m
   for (int64_t child = row + 1; child <= max_nodes; ++child)
     if (parents[child] == row && tokens[child - 1] == token) return child;
   return 0;
+}
+
+// A row of logits as floats, changed by the grammar's mask and the request's rules; null where nothing changes them.
+template <typename T>
+const float* ruled(const WalkArguments& args, const T* logits, int64_t row, int64_t req,
+                   int64_t depth) {
+  const int32_t mask = args.masks ? args.mask_of_row[row] : -1;
+  const RowRules* rules = args.rules ? args.rules + req : nullptr;
+  if (rules && !rules->is_used) rules = nullptr;
+  if (mask < 0 && !rules) return nullptr;
+  static thread_local Buffer<float> buffer;
+  float* changed = buffer.at_least(args.num_columns);
+  for (int64_t i = 0; i < args.num_columns; ++i) changed[i] = to_float(logits[i]);
+  if (mask >= 0) keep_allowed(changed, args.num_columns, args.masks + mask * args.num_words);
+  if (rules)
+    apply_rules(changed, args.num_columns, *rules, args.emitted + req * args.max_emitted, depth);
+  return changed;
 }
 
 // The token of a row; T: the logits' type.
@@ -54,7 +76,8 @@ void walk(const WalkArguments& args) {
   const T* values = static_cast<const T*>(args.values);
   // A visited row takes a few microseconds (sampled: some tens), about what waking a thread costs.
 #if defined(_OPENMP)
-#pragma omp parallel for schedule(dynamic) if (args.num_reqs >= (args.temperatures ? 2 : 4))
+#pragma omp parallel for schedule( \
+        dynamic) if (args.num_reqs >= (args.temperatures || args.rules || args.masks ? 2 : 4))
 #endif
   for (int64_t req = 0; req < args.num_reqs; ++req) {
     const int64_t* parents = args.parents + req * (args.max_nodes + 1);
@@ -63,9 +86,12 @@ void walk(const WalkArguments& args) {
     int64_t* emitted = args.emitted + req * args.max_emitted;
     int64_t row = 0, count = 0;
     do {
-      const T* logits = values + (args.first_row[req] + row) * args.row_stride;
+      const int64_t at = args.first_row[req] + row;
+      const T* logits = values + at * args.row_stride;
+      const float* changed = ruled(args, logits, at, req, count);
       rows[count] = row;
-      emitted[count] = token_of(args, logits, req, count);
+      emitted[count] =
+          changed ? token_of(args, changed, req, count) : token_of(args, logits, req, count);
       row = child_of(parents, tokens, args.max_nodes, row, emitted[count]);
       ++count;
     } while (row && count < args.max_emitted);

@@ -283,11 +283,36 @@ def top_tokens(
     weight: torch.Tensor,
     offsets: torch.Tensor | None,
     top_k: int,
+    masks: torch.Tensor | None = None,
+    mask_of_row: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What `top_tokens_cpu` computes, in float64."""
-    log_probs, columns = (rows.double() @ weight.double().T).log_softmax(dim=-1).topk(top_k)
+    logits = rows.double() @ weight.double().T
+    if masks is not None:
+        assert mask_of_row is not None
+        forbid(logits, masks, mask_of_row, offsets)
+    log_probs, columns = logits.log_softmax(dim=-1).topk(top_k)
     tokens = columns if offsets is None else columns + offsets[columns]
     return tokens, log_probs.float()
+
+
+def forbid(
+    # [num_rows, num_columns], written
+    logits: torch.Tensor,
+    # [num_masks, num_words], int32, packed: bit 1 for tokens that are allowed
+    masks: torch.Tensor,
+    # [num_rows], int32: -1 where all tokens are allowed
+    mask_of_row: torch.Tensor,
+    # [num_columns], int64: what is added to a column to get its token
+    offsets: torch.Tensor | None = None,
+) -> None:
+    """Makes the columns of forbidden tokens minus infinity, in place."""
+    tokens = torch.arange(logits.shape[1], device=logits.device)
+    if offsets is not None:
+        tokens = tokens + offsets
+    for row in torch.nonzero(mask_of_row >= 0).flatten().tolist():
+        words = masks[int(mask_of_row[row])]
+        logits[row, (words[tokens // 32] >> (tokens % 32)) & 1 == 0] = -torch.inf
 
 
 def packed_linear(

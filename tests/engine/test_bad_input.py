@@ -16,7 +16,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from heterospec_vllm.config import CONFIG_FILE_KEY, METHOD
 from heterospec_vllm.plugin import compat, register
-from heterospec_vllm.policy.survival import SHAPE
+from heterospec_vllm.policy.survival import PROFILE_SHAPE
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,7 +87,7 @@ def test_missing_model(target: Path) -> None:
 def _profile(**changes: Any) -> dict[str, Any]:
     """A whole profile, for weights that nobody has."""
     table = {"knots": [1, 64], "seconds": [0.01, 0.02]}
-    survivals = np.full(SHAPE, 0.5).tolist()
+    survivals = np.full(PROFILE_SHAPE, 0.5).tolist()
     whole = {
         "version": 1,
         "target": "sha256:0",

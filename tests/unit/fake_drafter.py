@@ -28,7 +28,7 @@ def batch_of(num_reqs: int, limit: int = 63, num_decoding: int | None = None) ->
     return Batch(
         num_reqs=num_decoding or num_reqs,
         context=100.0 * num_reqs,
-        temperatures=np.zeros(num_reqs, dtype=np.int64),
+        kinds=np.zeros(num_reqs, dtype=np.int64),
         limits=np.full(num_reqs, limit),
     )
 

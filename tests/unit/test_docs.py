@@ -4,6 +4,8 @@
 import re
 from pathlib import Path
 
+from heterospec_vllm.observe.reasons import REASONS
+
 ROOT = Path(__file__).parents[2]
 LINK = re.compile(r"\]\(([^)\s#]+)[^)]*\)")
 
@@ -24,3 +26,9 @@ def test_a_broken_link_is_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("[a](page.md#part) [b](https://example.org) ![c](none.png)")
     assert broken_links(page) == ["none.png"]
+
+
+def test_the_page_lists_every_reason_for_plain_decoding() -> None:
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| (its? [^|]+) \|$", page, re.MULTILINE))
+    assert rows == REASONS

@@ -27,7 +27,7 @@ def params(eos: int | None = 2, **given) -> SamplingParams:
         (3, 7, {}, False),
         (3, 2, {"ignore_eos": True}, True),
         (3, None, {}, True),
-        (3, 5, {"min_tokens": 4}, False),
+        (3, 5, {"min_tokens": 4}, True),
         (4, 5, {"min_tokens": 4}, True),
     ],
 )

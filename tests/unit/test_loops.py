@@ -87,22 +87,22 @@ def test_a_level_survives_as_its_nodes_do(seed: int) -> None:
     log_probs = -10 * rng.random(shape).astype(np.float32)
     log_probs[rng.random(shape) < 0.2] = np.nan
     log_probs[rng.random(shape) < 0.2] = -np.inf
-    strata, temperatures = rng.integers(0, 8, shape), rng.integers(0, 2, 3)
+    strata, kinds = rng.integers(0, 8, shape), rng.integers(0, 2, 3)
     parents, depth = rng.random(shape), int(rng.integers(1, 12))
-    got = tables.of_level(log_probs, depth, strata, temperatures, parents)
+    got = tables.of_level(log_probs, depth, strata, kinds, parents)
     own = tables.predict(
         NodeFeatures(
             log_probs,
             np.full(shape, depth),
             strata,
-            np.repeat(temperatures[:, None], shape[1], axis=1),
+            np.repeat(kinds[:, None], shape[1], axis=1),
         )
     )
     absent = ~(log_probs > -np.inf)
     np.testing.assert_array_equal(got, np.where(absent, 0.0, along_paths(own, parents)))
     x = np.clip(np.nan_to_num(log_probs, nan=KNOTS[0]), KNOTS[0], KNOTS[-1])
     for at in np.ndindex(*shape):
-        cell = tables.estimate[temperatures[at[0]], min(depth, 8) - 1, strata[at]]
+        cell = tables.estimate[kinds[at[0]], min(depth, 8) - 1, strata[at]]
         np.testing.assert_allclose(own[at], np.interp(x[at], KNOTS, cell), atol=1e-9)
 
 
@@ -222,15 +222,15 @@ def test_children_inherit_by_the_weight_of_their_parents(seed: int) -> None:
     rng = np.random.default_rng(seed)
     continuation = rng.random((2, 9, 8, 3))
     before = continuation.copy()
-    temperatures = rng.integers(0, 2, 2)
+    kinds = rng.integers(0, 2, 2)
     strata, survivals = rng.integers(0, 8, (2, 4)), rng.random((2, 4))
     survivals[0, 1] = 0
     children = rng.random((2, 4, 3)) * survivals[..., None]
-    inherit(continuation, temperatures, 2, strata, survivals, children)
+    inherit(continuation, kinds, 2, strata, survivals, children)
     expected = before.copy()
     for t in range(2):
         for s in range(8):
-            parents = (temperatures[:, None] == t) & (strata == s) & (survivals > 0)
+            parents = (kinds[:, None] == t) & (strata == s) & (survivals > 0)
             weight = 0.1 * survivals[parents]
             if weight.size:
                 share = children[parents] / survivals[parents][:, None]
@@ -326,10 +326,8 @@ def test_outcomes_and_tally(seed: int, num_reqs: int, width: int) -> None:
             if not below.size or rng.random() < 0.3:
                 break
             visited[req, depth] = rng.choice(below)
-    temperatures = rng.integers(0, 2, num_reqs)
-    found = outcomes(
-        trees.log_probs, trees.depths, trees.strata, trees.num_nodes, visited, temperatures
-    )
+    kinds = rng.integers(0, 2, num_reqs)
+    found = outcomes(trees.log_probs, trees.depths, trees.strata, trees.num_nodes, visited, kinds)
     real = np.arange(trees.max_nodes) < trees.num_nodes[:, None]
     hit = np.zeros((num_reqs, trees.max_nodes + 1))
     np.put_along_axis(hit, np.maximum(visited, 0), 1.0, axis=1)
@@ -337,7 +335,7 @@ def test_outcomes_and_tally(seed: int, num_reqs: int, width: int) -> None:
         trees.log_probs[real],
         trees.depths[:, 1:][real],
         trees.strata[real],
-        np.repeat(temperatures, trees.num_nodes),
+        np.repeat(kinds, trees.num_nodes),
         hit[:, 1:][real],
     )
     for got, want in zip(found, expected, strict=True):

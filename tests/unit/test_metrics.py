@@ -23,7 +23,7 @@ from fake_drafter import batch_of
 from heterospec_vllm.config import MAX_DEPTH
 from heterospec_vllm.observe import metrics_folder
 from heterospec_vllm.observe.counters import STEP_PARTS, StepCounters
-from heterospec_vllm.observe.metrics import FALLBACK_REASONS, METRICS
+from heterospec_vllm.observe.metrics import METRICS
 from heterospec_vllm.observe.metrics_folder import (
     SHARED,
     MetricsCollector,
@@ -31,6 +31,7 @@ from heterospec_vllm.observe.metrics_folder import (
     open_metrics,
     show_metrics,
 )
+from heterospec_vllm.observe.reasons import REASONS
 from heterospec_vllm.policy.decisions import TreeShape
 from heterospec_vllm.policy.paper import PaperPolicy
 
@@ -153,16 +154,18 @@ def test_label_values_are_complete() -> None:
     by_depth = next(m for m in METRICS if m.name == "heterospec_accepted_nodes_by_depth_total")
     assert by_depth.keys == tuple(range(1, deepest.plan(batch_of(1)).max_depth + 1))
     package = ROOT / "heterospec_vllm"
-    returned = {
+    given = {
         node.value.value
         for node in ast.walk(ast.parse((package / "engine" / "fallback.py").read_text()))
-        if isinstance(node, ast.Return)
+        if isinstance(node, ast.Return | ast.Yield)
         and isinstance(node.value, ast.Constant)
         and isinstance(node.value.value, str)
     }
     for runner in (package / "runners").glob("*.py"):
-        returned |= set(re.findall(r'fallbacks\["(\w+)"\]', runner.read_text()))
-    assert len(returned) > 5 and returned <= set(FALLBACK_REASONS)
+        given |= set(
+            re.findall(r'(?:_set_reason|_decodes_plainly)\(req_id, "(\w+)"\)', runner.read_text())
+        )
+    assert given == set(REASONS)
 
 
 def test_counters_as_json() -> None:

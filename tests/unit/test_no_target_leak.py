@@ -63,9 +63,9 @@ def test_answers_at_unvisited_rows_reach_nothing(unvisited: int) -> None:
 def test_records_hold_no_target_numbers() -> None:
     """A new field has to be argued for here: is it known before the target's forward pass of the step?"""
     known_before = {
-        Batch: {"num_reqs", "context", "temperatures", "limits"},
+        Batch: {"num_reqs", "context", "kinds", "limits"},
         Level: {"depth", "log_probs", "entropies", "survivals", "strata", "meta_entropies"},
-        NodeFeatures: {"log_probs", "depths", "strata", "temperatures"},
+        NodeFeatures: {"log_probs", "depths", "strata", "kinds"},
     }
     for record, names in known_before.items():
         assert {field.name for field in fields(record)} == names

@@ -30,9 +30,9 @@ from heterospec_vllm.policy.profile import (
     misfit_reason,
     shipped_profile,
 )
-from heterospec_vllm.policy.survival import SHAPE, NodeFeatures
+from heterospec_vllm.policy.survival import PROFILE_SHAPE, NodeFeatures
 
-SURVIVALS = np.round(np.broadcast_to(np.linspace(0.01, 0.9, SHAPE[-1]), SHAPE), 3)
+SURVIVALS = np.round(np.broadcast_to(np.linspace(0.01, 0.9, PROFILE_SHAPE[-1]), PROFILE_SHAPE), 3)
 
 
 def content(**changes: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from vllm.v1.sample.sampler import Sampler
 from heterospec_vllm.kernels.cpu.library import is_available
 from heterospec_vllm.tree.trees import DraftTrees
 from heterospec_vllm.verify import scorer_v1 as scorer_module
-from heterospec_vllm.verify.scorer_v1 import TreeScorer, draws_as_vllm, is_plain
+from heterospec_vllm.verify.scorer_v1 import TreeScorer, draws_as_vllm, has_rules, needs_sampler
 from heterospec_vllm.verify.stops import Stops
 
 pytestmark = pytest.mark.skipif(
@@ -77,7 +77,11 @@ def test_a_plain_step_is_vllms(dtype, temperatures, filters, monkeypatch) -> Non
     assert draws_as_vllm()  # which is a call of its own, once
     calls = []
     walk_cpu = scorer_module.walk_cpu
-    monkeypatch.setattr(scorer_module, "walk_cpu", lambda *args: calls.append(1) or walk_cpu(*args))
+    monkeypatch.setattr(
+        scorer_module,
+        "walk_cpu",
+        lambda *args, **named: calls.append(1) or walk_cpu(*args, **named),
+    )
     kept = theirs.top_k
     for step in range(5):
         if kept is not None:
@@ -119,7 +123,7 @@ def test_a_walk_draws_as_many_seeds_as_it_emits(monkeypatch) -> None:
         mine, theirs = (metadata([1.0] * 3, {0: seed, 2: seed + 1}) for _ in range(2))
         one_call, output = ours.walk(trees, logits, mine)
         with monkeypatch.context() as patch:
-            patch.setattr(TreeScorer, "_reads_logits_alone", lambda *_: False)
+            patch.setattr(TreeScorer, "_draws_alone", lambda *_: False)
             by_depth, _ = ours.walk(trees, logits, theirs)
         for req in (0, 2):
             np.testing.assert_array_equal(one_call.rows[req], by_depth.rows[req])
@@ -149,7 +153,7 @@ def test_a_walk_that_stops_inside_draws_no_seed_behind_the_stop(monkeypatch) -> 
             given = metadata([1.0] * 3, dict.fromkeys(range(3), seed))
             with monkeypatch.context() as patch:
                 if not alone:
-                    patch.setattr(TreeScorer, "_reads_logits_alone", lambda *_: False)
+                    patch.setattr(TreeScorer, "_draws_alone", lambda *_: False)
                 walked, output = ours.walk(trees, logits, given, stops)
             expected = stops.cut(whole)
             np.testing.assert_array_equal(walked.tokens, expected.tokens)
@@ -174,9 +178,9 @@ def test_a_walk_that_stops_inside_draws_no_seed_behind_the_stop(monkeypatch) -> 
     ],
 )
 def test_whatever_else_is_asked_for_goes_to_vllms_sampler(asked) -> None:
-    plain = metadata([1.0], {})
-    assert is_plain(plain)
-    assert not is_plain(replace(plain, **asked))
+    ours, plain = TreeScorer(Sampler()), metadata([1.0], {})
+    assert not needs_sampler(plain) and not has_rules(plain) and ours._draws_alone(plain, None)
+    assert not ours._draws_alone(replace(plain, **asked), None)
 
 
 def test_a_vllm_that_draws_otherwise_keeps_its_sampler(monkeypatch) -> None:
@@ -184,11 +188,11 @@ def test_a_vllm_that_draws_otherwise_keeps_its_sampler(monkeypatch) -> None:
     sampler = Sampler()
     ours = TreeScorer(sampler)
     sampled, greedy = metadata([1.0], {}), metadata([0.0], {})
-    assert draws_as_vllm() and ours._reads_logits_alone(sampled)
+    assert draws_as_vllm() and ours._draws_alone(sampled, None)
     other = SimpleNamespace(fused_gumbel_argmax=lambda logits, seeds: logits.argmax(dim=-1))
     draws_as_vllm.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr(scorer_module.torch.ops, "_C", other)
-        assert not ours._reads_logits_alone(sampled)
-        assert ours._reads_logits_alone(greedy)
+        assert not ours._draws_alone(sampled, None)
+        assert ours._draws_alone(greedy, None)
     draws_as_vllm.cache_clear()

@@ -10,7 +10,7 @@ from scipy.optimize import isotonic_regression
 
 from heterospec_vllm.policy.survival import (
     KNOTS,
-    SHAPE,
+    PROFILE_SHAPE,
     TABLE_DEPTH,
     NodeFeatures,
     SurvivalTables,
@@ -23,17 +23,17 @@ from heterospec_vllm.policy.survival import (
 few = settings(max_examples=60, deadline=None)
 
 
-def nodes(log_probs, depth=1, stratum=0, temperature=0) -> NodeFeatures:
+def nodes(log_probs, depth=1, stratum=0, kind=0) -> NodeFeatures:
     log_probs = np.asarray(log_probs, dtype=np.float32)
-    full = [np.full(log_probs.shape, value) for value in (depth, stratum, temperature)]
+    full = [np.full(log_probs.shape, value) for value in (depth, stratum, kind)]
     return NodeFeatures(log_probs, *full)
 
 
 def profile_table() -> np.ndarray:
-    """Any table that rises along the path probability and tells depths, strata and temperatures apart."""
+    """Any table that rises along the path probability and tells depths, strata and kinds apart."""
     rate = np.exp(0.7 * KNOTS)[None, None, None, :]
-    depth = 0.9 ** np.arange(SHAPE[1])[None, :, None, None]
-    stratum = (1.0 - 0.05 * np.arange(SHAPE[2]))[None, None, :, None]
+    depth = 0.9 ** np.arange(PROFILE_SHAPE[1])[None, :, None, None]
+    stratum = (1.0 - 0.05 * np.arange(PROFILE_SHAPE[2]))[None, None, :, None]
     return 0.9 * rate * depth * stratum * np.array([1.0, 0.8])[:, None, None, None]
 
 
@@ -43,11 +43,11 @@ def profile_table() -> np.ndarray:
 def test_values_lie_on_the_lines_between_knots() -> None:
     prior = profile_table()
     tables = SurvivalTables(prior=prior)
-    for temperature, depth, stratum in ((0, 1, 0), (1, 3, 5), (0, 8, 7)):
-        cell = prior[temperature, depth - 1, stratum]
-        found = tables.predict(nodes(KNOTS, depth, stratum, temperature))
+    for kind, depth, stratum in ((0, 1, 0), (1, 3, 5), (0, 8, 7)):
+        cell = prior[kind, depth - 1, stratum]
+        found = tables.predict(nodes(KNOTS, depth, stratum, kind))
         np.testing.assert_allclose(found, cell, atol=1e-6)
-        between = nodes(0.25 * KNOTS[:-1] + 0.75 * KNOTS[1:], depth, stratum, temperature)
+        between = nodes(0.25 * KNOTS[:-1] + 0.75 * KNOTS[1:], depth, stratum, kind)
         expected = 0.25 * cell[:-1] + 0.75 * cell[1:]
         np.testing.assert_allclose(tables.predict(between), expected, atol=1e-6)
 
@@ -81,7 +81,8 @@ def test_a_profile_is_believed_until_something_was_seen() -> None:
     prior = profile_table()
     tables = SurvivalTables(prior=prior)
     tables.refresh()
-    np.testing.assert_allclose(tables.estimate, prior, atol=1e-9)
+    for kinds in tables.estimate.reshape(-1, *PROFILE_SHAPE):  # ordinary requests, then the others
+        np.testing.assert_allclose(kinds, prior, atol=1e-9)
     tables.observe(nodes([]), np.zeros(0))
     assert np.isfinite(tables.estimate).all()
 
@@ -109,8 +110,8 @@ def test_likelier_paths_never_survive_less(seen: list[tuple], times: int) -> Non
     tables.refresh()
     assert ((tables.estimate > 0) & (tables.estimate < 1)).all()
     line = np.linspace(-10.0, 0.0, 60)
-    for depth, stratum, temperature in {(s[1], s[2], s[3]) for s in seen} | {(1, 0, 0)}:
-        found = tables.predict(nodes(line, depth, stratum, temperature))
+    for depth, stratum, kind in {(s[1], s[2], s[3]) for s in seen} | {(1, 0, 0)}:
+        found = tables.predict(nodes(line, depth, stratum, kind))
         assert (np.diff(found) >= -1e-7).all()
 
 
@@ -149,7 +150,7 @@ def test_children_survive_no_more_often_than_parents() -> None:
 
 def true_rate(found: NodeFeatures) -> np.ndarray:
     rate = 0.95 * np.exp(0.8 * found.log_probs) * 0.85 ** (found.depths - 1)
-    return rate * (1.0 - 0.06 * found.strata) * np.where(found.temperatures == 1, 0.7, 1.0)
+    return rate * (1.0 - 0.06 * found.strata) * np.where(found.kinds == 1, 0.7, 1.0)
 
 
 def random_nodes(rng: np.random.Generator, count: int) -> NodeFeatures:
@@ -192,8 +193,8 @@ def test_rates_that_change_are_followed() -> None:
 
 
 def test_a_cell_never_seen_moves_with_the_bias_of_its_depth() -> None:
-    def survival(depth: int, stratum: int, temperature: int = 0) -> float:
-        return float(tables.predict(nodes([-0.3], depth, stratum, temperature))[0])
+    def survival(depth: int, stratum: int, kind: int = 0) -> float:
+        return float(tables.predict(nodes([-0.3], depth, stratum, kind))[0])
 
     tables = SurvivalTables()
     before = {depth: survival(depth, 6) for depth in (2, 3)}
@@ -209,7 +210,7 @@ def test_a_cell_never_seen_moves_with_the_bias_of_its_depth() -> None:
 
 def test_a_few_outcomes_move_little_and_many_move_all() -> None:
     def after(count: int) -> float:
-        tables = SurvivalTables(prior=np.full(SHAPE, 0.5))
+        tables = SurvivalTables(prior=np.full(PROFILE_SHAPE, 0.5))
         tables.observe(nodes([0.0] * count), np.ones(count))
         tables.refresh()
         return float(tables.predict(nodes([0.0]))[0])
