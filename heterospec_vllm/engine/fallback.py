@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any, Protocol
 
 from vllm.sampling_params import SamplingParams
@@ -31,19 +31,9 @@ def fallback_reason(request: Request, unsupported: Collection[str]) -> str | Non
         return "multimodal"
     if RequestOptions.from_extra_args(params.extra_args).heterospec == "off":
         return "switched_off"
-    return next((reason for reason in _features(params) if reason in unsupported), None)
-
-
-def _features(params: SamplingParams) -> Iterator[str]:
-    """The request's features that not every runner drafts for."""
-    if params.structured_outputs is not None:
-        yield "structured_output"
-    if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0:
-        yield "penalties"
-    if params.bad_words:
-        yield "bad_words"
-    if params.thinking_token_budget is not None:
-        yield "thinking_token_budget"
+    if params.structured_outputs is not None and "structured_output" in unsupported:
+        return "structured_output"
+    return None
 
 
 def most_nodes(request: Request) -> int:

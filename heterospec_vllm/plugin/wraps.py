@@ -71,7 +71,7 @@ def _wrap_create_speculative_config(original: Callable[..., Any]) -> Callable[..
         # SchedulerConfig is built from it afterwards. Unset it becomes True on vLLM 0.33's V2, whose scheduler
         # then hands out placeholders in place of drafts; True was refused above.
         self.async_scheduling = False
-        if worker_class() == CPU_WORKER and self.scheduler_cls is None:
+        if self.scheduler_cls is None:
             self.scheduler_cls = config.WHOLE_DRAFTS_SCHEDULER
         from heterospec_vllm.observe import metrics_folder  # not at the top: it imports numpy
 

@@ -76,7 +76,6 @@ class SpeculatingRunner:
         self._plain_reasons: dict[str, str | None] = {}
         self._node_caps: dict[str, int] = {}
         self._logged_reasons: set[str] = set()
-        self._passing_reasons: set[tuple[str, str]] = set()  # (request, reason)
         self._step = Step()
         folder = metrics_folder_of(vllm_config)
         self._metrics = None if folder is None else open_metrics(folder)
@@ -261,8 +260,6 @@ class SpeculatingRunner:
             follow = self._reason(req_id) is None
             params = self._request(req_id).sampling_params
             drafted = follow and emitted and params is not None and self._can_be_drafted(req_id)
-            if drafted and params is not None and outputs < params.min_tokens:
-                drafted = not self._decodes_plainly(req_id, "min_tokens")
             if drafted and is_worth_drafting(params, outputs, last):
                 limits.append(min(limit, self._node_caps[req_id]))
             else:
@@ -283,33 +280,20 @@ class SpeculatingRunner:
         """Whether a request can be drafted for now; later it may be."""
         return True
 
-    def _decodes_plainly(self, req_id: str, reason: str) -> bool:
-        """Whether a feature that passes keeps a request from being drafted for; counted once a request."""
-        if reason not in self._unsupported:
-            return False
-        if (req_id, reason) not in self._passing_reasons:
-            self._passing_reasons.add((req_id, reason))
-            self._count_reason(reason)
-        return True
-
     def _set_reason(self, req_id: str, reason: str | None) -> None:
         self._plain_reasons[req_id] = reason
         if reason is not None:
-            self._count_reason(reason)
-
-    def _count_reason(self, reason: str) -> None:
-        self.counters.fallbacks[reason] += 1
-        if reason not in self._logged_reasons:
-            self._logged_reasons.add(reason)
-            logger.info(
-                "heterospec: a request decodes without speculation (%s): %s",
-                reason,
-                REASONS[reason],
-            )
+            self.counters.fallbacks[reason] += 1
+            if reason not in self._logged_reasons:
+                self._logged_reasons.add(reason)
+                logger.info(
+                    "heterospec: a request decodes without speculation (%s): %s",
+                    reason,
+                    REASONS[reason],
+                )
 
     def _forget(self, req_id: str) -> None:
         """A request has left the engine."""
         self.controller.remove(req_id)
         self._plain_reasons.pop(req_id, None)
         self._node_caps.pop(req_id, None)
-        self._passing_reasons = {one for one in self._passing_reasons if one[0] != req_id}

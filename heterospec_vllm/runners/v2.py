@@ -14,24 +14,27 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.config import VllmConfig
-from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+from vllm.v1.core.sched.output import GrammarOutput, NewRequestData, SchedulerOutput
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.spec_decode.eagle.eagle3_utils import get_eagle3_aux_layers_from_config
 
-from heterospec_vllm.arrays import Ints
+from heterospec_vllm.arrays import Bools, Ints
+from heterospec_vllm.config import WHOLE_DRAFTS_SCHEDULER
 from heterospec_vllm.draft.accepted_tokens import AcceptedTokens
 from heterospec_vllm.draft.base import StepOutput
 from heterospec_vllm.draft.eagle_v2 import EagleDrafterV2, tree_reason_of
 from heterospec_vllm.engine.step import Step, accepted_rows
 from heterospec_vllm.kernels.gpu.kv_compact import KVLayers
 from heterospec_vllm.layers.attention_gpu import StepTrees, TreeBuilder
-from heterospec_vllm.observe.reasons import UNSUPPORTED_ON_GPU
 from heterospec_vllm.plugin.head import load as head_config
 from heterospec_vllm.plugin.head_loading import loading_head
+from heterospec_vllm.policy.survival import CONSTRAINED, RULED
+from heterospec_vllm.runners.grammars import Grammars
 from heterospec_vllm.runners.shared import SpeculatingRunner, logger
 from heterospec_vllm.timing import CLOCK
+from heterospec_vllm.tree.trees import DraftTrees
 from heterospec_vllm.verify.scorer_v2 import DeviceScorer
 from heterospec_vllm.verify.stops import Stops
 
@@ -46,7 +49,13 @@ class HeteroSpecGPUModelRunner(SpeculatingRunner, GPUModelRunner):
         self.speculator = EagleDrafterV2(vllm_config, device)
         self.speculator.on_propose = self._draft
         self.start_speculation(vllm_config, self.speculator)
-        self._unsupported = UNSUPPORTED_ON_GPU
+        self._grammars = Grammars(vllm_config)
+        self._outputs: dict[str, list[int]] = {}  # of requests with a grammar
+        self._unready: set[str] = set()  # requests whose grammar is still being compiled
+        self._sampled: torch.Tensor | None = None  # [num_reqs, 1] of a step without trees
+        whole = vllm_config.scheduler_config.scheduler_cls == WHOLE_DRAFTS_SCHEDULER
+        self._leaves_drafts_whole = whole
+        self._unsupported = frozenset(() if whole else ("structured_output",))
         self._requests: dict[str, NewRequestData] = {}
         self._drafts: DraftTokenIds | None = None
         self._layers: KVLayers | None = None
@@ -96,6 +105,21 @@ class HeteroSpecGPUModelRunner(SpeculatingRunner, GPUModelRunner):
                 # A session's next input, which is judged like a new request.
                 self._forget(request.req_id)
             self._requests[request.req_id] = request
+            self._start_grammar(request)
+
+    def _start_grammar(self, request: NewRequestData) -> None:
+        """Preempted requests come back as new ones: their grammar has followed them."""
+        params = request.sampling_params
+        if params is None or params.structured_outputs is None or not self._leaves_drafts_whole:
+            return
+        if request.prompt_token_ids is not None and request.req_id not in self._grammars:
+            self._grammars.start(request.req_id, params, request.prompt_token_ids)
+            self._outputs[request.req_id] = []
+
+    def _forget(self, req_id: str) -> None:
+        super()._forget(req_id)
+        self._grammars.remove(req_id)
+        self._outputs.pop(req_id, None)
 
     def _remove_request(self, req_id: str) -> bool:
         # Preempted requests, too, which come back as new ones.
@@ -143,10 +167,22 @@ class HeteroSpecGPUModelRunner(SpeculatingRunner, GPUModelRunner):
             step.root_rows = ends - step.trees.num_nodes - 1
             self.scorer.trees = step.trees
             self.scorer.stops = self._batch_stops(batch, step.root_rows)
+            self.scorer.follows = np.array([self._looks_back(r) for r in batch.req_ids])
             if not step.trees.is_chain.all():
                 # vLLM sorts requests with drafts to the front; a chain among trees is a tree, too.
                 step.num_masked_reqs = int((step.trees.num_nodes > 0).sum())
         return batch
+
+    def _looks_back(self, req_id: str) -> bool:
+        """Whether a request's tokens depend on what it has emitted, beside the model."""
+        params = self._requests[req_id].sampling_params
+        return params is not None and bool(
+            params.bad_words_token_ids
+            or params.thinking_token_budget is not None
+            or params.repetition_penalty != 1.0
+            or params.presence_penalty
+            or params.frequency_penalty
+        )
 
     def _batch_stops(self, batch: InputBatch, root_rows: Ints) -> Stops:
         """Where requests stop; only those with trees are asked for, whose roots are their latest tokens."""
@@ -204,9 +240,12 @@ class HeteroSpecGPUModelRunner(SpeculatingRunner, GPUModelRunner):
 
     def sample(self, hidden_states: torch.Tensor, input_batch: InputBatch, grammar_output: Any):
         step = self._step
+        if grammar_output is not None and step.trees is not None:
+            grammar_output = self._with_nodes(grammar_output, input_batch.req_ids, step.trees)
         with self.controller.sampling(), CLOCK.span("walk"):
             output = super().sample(hidden_states, input_batch, grammar_output)
             if step.trees is None:
+                self._sampled = output[0].sampled_token_ids
                 return output
             step.walked = self.scorer.walked
         assert step.root_rows is not None
@@ -216,6 +255,22 @@ class HeteroSpecGPUModelRunner(SpeculatingRunner, GPUModelRunner):
         self.counters.record_walk(step.trees, step.walked, num_moves)
         self.controller.learn(step.trees, step.walked, self._kinds(input_batch))
         return output
+
+    def _with_nodes(
+        self, grammar: GrammarOutput, req_ids: list[str], trees: DraftTrees
+    ) -> GrammarOutput:
+        """The engine's masks of roots with ours of the nodes behind them, a row each, as vLLM reads a chain's."""
+        structured = grammar.structured_output_request_ids
+        masks = self._grammars.masks_of_trees(
+            req_ids, trees, structured, np.asarray(grammar.grammar_bitmask)
+        )
+        first = np.cumsum(trees.num_nodes + 1) - trees.num_nodes - 1
+        places = [req_ids.index(req_id) for req_id in structured]
+        rows = [
+            masks.bits[masks.of_row[first[p] : first[p] + trees.num_nodes[p] + 1]] for p in places
+        ]
+        acceptable = [int(trees.num_nodes[place]) for place in places]
+        return GrammarOutput(structured, np.concatenate(rows), acceptable)
 
     def _target_layers(self) -> KVLayers:
         """The target's caches; one KV cache group, as hybrid targets are refused."""
@@ -227,10 +282,16 @@ class HeteroSpecGPUModelRunner(SpeculatingRunner, GPUModelRunner):
         return self._layers
 
     def _kinds(self, input_batch: InputBatch) -> Ints:
-        """[num_reqs] 0 for greedy requests, 1 for sampled ones."""
+        """[num_reqs] by temperature, rules and grammar."""
         assert self.sampler is not None
         temperature = self.sampler.sampling_states.temperature.np
-        return (temperature[input_batch.idx_mapping_np] > 0).astype(np.int64)
+        kinds = (temperature[input_batch.idx_mapping_np] > 0).astype(np.int64)
+        for place, req_id in enumerate(input_batch.req_ids):
+            if req_id in self._grammars:
+                kinds[place] += CONSTRAINED
+            elif self._looks_back(req_id):
+                kinds[place] += RULED
+        return kinds
 
     # ---- step: drafting
 
@@ -254,6 +315,7 @@ class HeteroSpecGPUModelRunner(SpeculatingRunner, GPUModelRunner):
         computed = input_batch.num_computed_tokens_np.astype(np.int64)
         # A request whose prompt is not read to its end emits nothing yet.
         emits = computed + np.diff(starts) >= input_batch.prefill_len_np
+        self._follow_grammars(req_ids, emits)
         true_lens = computed + num_tokens
         prompt_lens = self.req_states.prompt_len.np[input_batch.idx_mapping_np]
         demand = self._demand(
@@ -266,9 +328,35 @@ class HeteroSpecGPUModelRunner(SpeculatingRunner, GPUModelRunner):
         demand = demand.only(fits & wanted)
         tokens = self._accepted_tokens(input_batch, aux_hidden_states, rows, num_tokens, emits)
         with CLOCK.span("draft"):
-            output = StepOutput(req_ids, tokens, demand, self._kinds(input_batch))
+            constraints = self._grammars if self._grammars.any_of(req_ids) else None
+            output = StepOutput(req_ids, tokens, demand, self._kinds(input_batch), constraints)
             drafts = self.controller.draft(output, self._step.num_tokens)
         self._drafts = DraftTokenIds(req_ids, drafts)
+
+    def _follow_grammars(self, req_ids: list[str], emits: Bools) -> None:
+        """Brings grammars up to what was emitted. Where there is one the host waits for a plain step's tokens."""
+        self._unready.clear()
+        if not self._grammars.any_of(req_ids):
+            return
+        walked = self._step.walked
+        if walked is None:
+            assert self._sampled is not None
+            emitted = self._sampled.tolist()
+        else:
+            counts = walked.num_emitted.tolist()
+            emitted = [row[:n] for row, n in zip(walked.tokens.tolist(), counts, strict=True)]
+        for place, req_id in enumerate(req_ids):
+            if req_id not in self._grammars:
+                continue
+            if emits[place]:
+                self._outputs[req_id].extend(emitted[place])
+            if not self._grammars.follow(req_id, self._outputs[req_id]):
+                self._unready.add(req_id)
+                if self._grammars.failed(req_id) and self._reason(req_id) is None:
+                    self._set_reason(req_id, "grammar")
+
+    def _can_be_drafted(self, req_id: str) -> bool:
+        return req_id not in self._unready
 
     def _accepted_tokens(
         self,

@@ -18,12 +18,13 @@ from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 
-from heterospec_vllm.arrays import Ints
+from heterospec_vllm.arrays import Bools, Ints
 from heterospec_vllm.kernels.gpu.kv_compact import KVLayers, kv_compact
 from heterospec_vllm.kernels.gpu.tree_verify import tree_verify
 from heterospec_vllm.kernels.reference.tree_verify import SamplingKeys, TreeBatch, TreeWalks
 from heterospec_vllm.tree.trees import DraftTrees
 from heterospec_vllm.verify.compact import plan_moves
+from heterospec_vllm.verify.path_rows import PathRows
 from heterospec_vllm.verify.stops import Stops
 from heterospec_vllm.verify.walk import Walk
 
@@ -45,6 +46,8 @@ class DeviceScorer:
         self.sampler = sampler
         self.trees: DraftTrees | None = None
         self.stops: Stops | None = None
+        # [num_reqs] whose penalties, bad words or thinking budgets look at the past
+        self.follows: Bools | None = None
         self._scored: _Scored | None = None
 
     def __call__(
@@ -56,18 +59,9 @@ class DeviceScorer:
     ) -> SamplerOutput:
         """Walk the batch: vLLM's processing of the logits row by row, then its noise, keyed by position."""
         assert self.trees is not None and draft_logits is None and invalid_drafts is None
-        sampler, rows = self.sampler, input_batch.logits_indices
-        positions = input_batch.positions[rows]
-        processed = sampler.apply_sampling_params(
-            logits,
-            input_batch.expanded_idx_mapping,
-            input_batch.idx_mapping,
-            input_batch.idx_mapping_np,
-            positions,
-            input_batch.input_ids[rows],
-            input_batch.expanded_local_pos,
-            input_batch.seq_lens_cpu_upper_bound.numpy(),
-        )
+        sampler = self.sampler
+        positions = input_batch.positions[input_batch.logits_indices]
+        processed = self._processed(logits, positions, input_batch)
         walks = tree_verify(
             processed,
             _on_device(self.trees, input_batch),
@@ -98,6 +92,37 @@ class DeviceScorer:
             num_sampled=num_sampled,
             num_rejected=num_rejected,
         )
+
+    def _processed(
+        self,
+        logits: torch.Tensor,  # [num_logits, vocab_size]
+        positions: torch.Tensor,  # [num_logits]
+        input_batch: InputBatch,
+    ) -> torch.Tensor:
+        """[num_logits, vocab_size] the logits after vLLM's processing, each row behind its own path."""
+        assert self.trees is not None
+        input_ids = input_batch.input_ids[input_batch.logits_indices]
+        states, local_pos = input_batch.expanded_idx_mapping, input_batch.expanded_local_pos
+        last = None
+        if self.follows is not None and self.follows.any():
+            laid = PathRows.of(self.trees, self.follows)
+            index = torch.from_numpy(np.concatenate([laid.rows, laid.local_pos, laid.last]))
+            rows, before, last = index.to(logits.device).split(
+                (laid.rows.size, laid.rows.size, laid.last.size)
+            )
+            logits, positions, input_ids = logits[rows], positions[rows], input_ids[rows]
+            states, local_pos = states[rows], before.to(local_pos.dtype)
+        processed = self.sampler.apply_sampling_params(
+            logits,
+            states,
+            input_batch.idx_mapping,
+            input_batch.idx_mapping_np,
+            positions,
+            input_ids,
+            local_pos,
+            input_batch.seq_lens_cpu_upper_bound.numpy(),
+        )
+        return processed if last is None else processed[last]
 
     def _keep(self, walks: TreeWalks) -> TreeWalks:
         """The step's walks up to where requests stop; nothing is written on the device where none does inside."""

@@ -172,7 +172,7 @@ def test_counters_as_json() -> None:
     counters = StepCounters(budget=3, price_of_time=2.5)
     counters.nodes_by_stratum[2] += 4
     counters.seconds["target"] += 0.5
-    counters.fallbacks["penalties"] += 0
+    counters.fallbacks["multimodal"] += 0
     read = counters.as_dict()
     assert json.loads(json.dumps(read))["nodes_by_stratum"] == {"2": 4}
     assert read["nodes_by_stratum"] == {2: 4} and read["fallbacks"] == {}
@@ -304,12 +304,12 @@ def test_registered_once_and_the_newest_engine_is_shown(
 
 def test_unlisted_fallback_reason_counts_as_other(folder: Path) -> None:
     counters = StepCounters()
-    counters.fallbacks.update({"penalties": 2, "a new reason": 3, "another": 4})
+    counters.fallbacks.update({"multimodal": 2, "a new reason": 3, "another": 4})
     MetricsWriter(folder).publish(counters)
     found = collected(folder)
-    assert found["heterospec_plain_requests_total penalties"] == 2
+    assert found["heterospec_plain_requests_total multimodal"] == 2
     assert found["heterospec_plain_requests_total other"] == 7
-    assert found["heterospec_plain_requests_total bad_words"] == 0
+    assert found["heterospec_plain_requests_total grammar"] == 0
 
 
 def test_a_folder_is_private_and_ends_with_its_creator(
