@@ -28,6 +28,7 @@ def install() -> None:
     import torch
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
     from vllm.v1.sample.ops import topk_topp_sampler
+    from vllm.v1.worker.gpu import structured_outputs
 
     from heterospec_vllm.plugin import wraps
 
@@ -35,6 +36,7 @@ def install() -> None:
     in_torch = topk_topp_sampler.apply_top_k_top_p_pytorch
     # vLLM 0.33 also says which of the two a row asks for, which only its kernel uses.
     topk_topp_sampler.apply_top_k_top_p_triton = lambda logits, k, p, **_: in_torch(logits, k, p)
+    structured_outputs.StructuredOutputsWorker.apply_grammar_bitmask = _apply_grammar_bitmask
     # vLLM's Triton backend asks for it when it stores keys and values.
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
     # Without trees it stands for a backend that has no tree kernel.
@@ -44,6 +46,24 @@ def install() -> None:
     leave_async_scheduling(
         lambda config: config.parallel_config.worker_cls == wraps.CPU_WORKER  # engines with ours
     )
+
+
+def _apply_grammar_bitmask(
+    self: Any, logits: Any, input_batch: Any, grammar_req_ids: list[str], grammar_bitmask: Any
+) -> None:
+    """In place of vLLM's kernel, which the interpreter cannot run: a mask for each row of these requests, in order."""
+    import numpy as np
+    import torch
+
+    ends = input_batch.cu_num_logits_np
+    masks = iter(np.asarray(grammar_bitmask))
+    for req_id in grammar_req_ids:
+        place = input_batch.req_ids.index(req_id)
+        for row in range(ends[place], ends[place + 1]):
+            bits = np.unpackbits(next(masks).view(np.uint8), bitorder="little")
+            forbidden = torch.from_numpy(bits[: logits.shape[1]] == 0)
+            logits[row].masked_fill_(forbidden, -torch.inf)
+    assert next(masks, None) is None
 
 
 def leave_async_scheduling(is_left: Callable[[Any], bool]) -> None:
