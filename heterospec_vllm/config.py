@@ -6,15 +6,18 @@ client may send in `vllm_xargs`. Both reject unknown keys by name. This module i
 nor torch, so that the plugin stays light to load.
 """
 
-import difflib
-import json
+import argparse
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from heterospec_vllm import errors, input_files
+from heterospec_vllm.errors import shown, shown_name, shown_path
+from heterospec_vllm.input_files import read_object
 
 PolicyName = Literal["plain", "chain", "static", "paper", "marginal"]
 POLICIES: tuple[PolicyName, ...] = ("plain", "chain", "static", "paper", "marginal")
@@ -90,7 +93,7 @@ class HeteroSpecConfig(BaseModel):
         description="CPU only: the target's linear layers go through our matmul kernel where it is "
         "the faster one; `false` leaves them to vLLM. Both round in their own ways.",
     )
-    paper_first_index: Literal[0, 1] = Field(
+    paper_first_index: Annotated[Literal[0, 1], errors.WHOLE] = Field(
         default=0,
         description="`paper` only: the number of the lowest stratum in its formulas, which the "
         "paper leaves open.",
@@ -124,6 +127,7 @@ class RequestOptions(BaseModel):
         default=None,
         description="Most draft nodes verified for this request in one step; it can only lower "
         "the engine's own limit.",
+        json_schema_extra={"allowed": f"an integer from 0 to {MAX_NODES}"},
     )
 
     @classmethod
@@ -132,6 +136,13 @@ class RequestOptions(BaseModel):
 
         Raises ValueError, one sentence a fault, for an unknown key or a wrong value.
         """
+        if not isinstance(extra_args, Mapping | None):
+            found = f"{shown(extra_args)} ({type(extra_args).__name__})"
+            raise ValueError(f"vllm_xargs: found {found}, allowed: options by their names")
+        for key in extra_args or ():
+            if not isinstance(key, str):
+                found = f"{shown(key)} ({type(key).__name__})"
+                raise ValueError(f"vllm_xargs: found the key {found}, allowed: a text")
         ours = {k: v for k, v in (extra_args or {}).items() if k.startswith(METHOD)}
         return _validated(cls, ours, "vllm_xargs")
 
@@ -198,24 +209,23 @@ def find_source(speculative_config: Any, spec_flags: Mapping[str, Any]) -> Confi
     if speculative_config is None:
         speculative_config = {}
     if not isinstance(speculative_config, Mapping):
+        found = f"{shown(speculative_config)} ({type(speculative_config).__name__})"
         raise ValueError(
-            f"speculative_config: found {_shown(speculative_config)}, "
-            "allowed: a JSON object or the path of a JSON file"
+            f"speculative_config: found {found}, allowed: a JSON object or the path of a JSON file"
         )
-    options = {str(key).replace("-", "_"): value for key, value in speculative_config.items()}
-    file = None
+    options, file = dict(speculative_config), None
     if CONFIG_FILE_KEY in options:
-        file = Path(options.pop(CONFIG_FILE_KEY))
+        file = _config_file(options.pop(CONFIG_FILE_KEY))
         if options:
             # vLLM merges the config of a speculators checkpoint given as MODEL into ours.
             raise ValueError(
-                f"speculative_config: found the file {file} for a MODEL that is itself a draft "
+                f"speculative_config: found the file {shown_path(file)} for a MODEL that is itself a draft "
                 "head, allowed: the target as MODEL and the head as 'model' in that file"
             )
-        content = read_json_object(file, "speculative_config")
-        options = {key.replace("-", "_"): value for key, value in content.items()}
+        options = read_object(file, "speculative_config")
     elif METHOD not in (options.get("method"), flags.get("method")):
         return None
+    options = _by_field(options, file)
     for key, value in flags.items():
         if key in options:
             raise ValueError(
@@ -236,60 +246,32 @@ def parse(source: ConfigSource) -> HeteroSpecConfig:
         if isinstance(options.get(key), os.PathLike):
             options[key] = os.fspath(options[key])
         if isinstance(options.get(key), str) and options[key]:
-            options[key] = _local_path(options[key], source.file)
+            options[key] = _local_path(key, options[key], source.file)
     return _validated(HeteroSpecConfig, options, "speculative_config", source.file)
-
-
-def read_json_object(path: Path, field: str) -> dict[str, Any]:
-    """The object in a JSON file. Raises ValueError naming the field, the file and its fault."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique_keys)
-    except OSError as error:
-        found = f"no readable file ({error.strerror})"
-    except UnicodeDecodeError:
-        found = "bytes that are not UTF-8 text"
-    except json.JSONDecodeError as error:
-        found = f"invalid JSON ({error})"
-    except RecursionError:
-        found = "brackets nested too deeply"
-    except ValueError as error:
-        found = str(error)
-    else:
-        if isinstance(content, dict):
-            return content
-        found = _shown(content)
-    raise ValueError(f"{field}: found {found} at {path}, allowed: a file with a JSON object")
 
 
 def recognise_path(parse_json: Callable[[str], Any], text: str) -> Any:
     """The value of a `--speculative-config` argument: a path is only marked, not read.
 
-    argparse drops the message of a type that raises, so reading waits until the engine config
-    is built. What is no path goes to vLLM's own parser.
+    Reading waits until the engine config is built. What is no path goes to vLLM's own parser.
     """
     is_json = text.lstrip()[:1] in ("", "{", "[", '"')
     if not is_json and (text.endswith(".json") or os.sep in text or os.path.exists(text)):
         return {CONFIG_FILE_KEY: os.path.abspath(os.path.expanduser(text))}
-    return parse_json(text)
+    try:
+        value = parse_json(text)
+        if isinstance(value, dict) and value.get("method") == METHOD:
+            value = input_files.parse(text)  # which sees what is wrong with it, too
+    except RecursionError:
+        raise argparse.ArgumentTypeError("found brackets nested too deeply, allowed: JSON") from None
+    except input_files.NoJson as error:
+        raise argparse.ArgumentTypeError(f"found {error}, allowed: a JSON object") from None
+    return value
 
 
 def allowed_values(model: type[BaseModel], key: str) -> str:
     """What a key may hold, in words, from the field that declares it."""
-    field = model.model_fields[key]
-    if isinstance(field.json_schema_extra, dict) and "allowed" in field.json_schema_extra:
-        return str(field.json_schema_extra["allowed"])
-    kind, bounds = field.annotation, field.metadata
-    for member in get_args(kind):  # Optional[Annotated[int, ...]]
-        if get_origin(member) is Annotated:
-            kind, bounds = get_args(member)[0], get_args(member)[1].metadata
-    if get_origin(kind) is Literal:
-        return ", ".join(repr(value) for value in get_args(kind))
-    if kind is bool:
-        return "true, false"
-    assert kind is int, f"{key} has no words for what it allows"
-    low = next(bound.ge for bound in bounds if hasattr(bound, "ge"))
-    high = next(bound.le for bound in bounds if hasattr(bound, "le"))
-    return f"an integer from {low} to {high}"
+    return errors.allowed_at(model, (key,))
 
 
 def _validated(
@@ -298,42 +280,56 @@ def _validated(
     try:
         return model.model_validate(options)
     except ValidationError as error:
-        suffix = f" (in {file})" if file else ""
-        faults = [_sentence(model, fault, where) for fault in error.errors()]
-        raise ValueError("\n".join(f"{fault}{suffix}" for fault in faults)) from None
+        faults = errors.faults_of(error, model, options)
+        lines = (f"{_sentence(fault, where)}{_in(file)}" for fault in faults)
+        raise ValueError(errors.joined(lines, "\n")) from None
 
 
-def _sentence(model: type[BaseModel], fault: Any, where: str) -> str:
-    key = str(fault["loc"][0])
-    if fault["type"] == "extra_forbidden":
-        keys = list(model.model_fields)
-        close = difflib.get_close_matches(key, keys, n=1)
-        hint = f" (did you mean '{close[0]}'?)" if close else ""
-        return f"{where}: found the unknown key '{key}'{hint}, allowed: {', '.join(keys)}"
-    found = "nothing" if fault["type"] == "missing" else _shown(fault["input"])
-    return f"{where}.{key}: found {found}, allowed: {allowed_values(model, key)}"
+def _sentence(fault: errors.Fault, where: str) -> str:
+    if fault.is_unknown_key:
+        found = f"the unknown key '{shown_name(fault.path[-1])}'{fault.hint}"
+        return f"{where}: found {found}, allowed: {fault.allowed}"
+    return f"{where}.{fault.key}: found {fault.found_with_type}, allowed: {fault.allowed}"
 
 
-def _shown(value: Any) -> str:
-    """A value with its type, short enough for one line of a message."""
-    text = repr(value)
-    return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"
+def _in(file: Path | None) -> str:
+    return f" (in {shown_path(file)})" if file else ""
 
 
-def _local_path(value: str, file: Path | None) -> str:
+def _config_file(value: Any) -> Path:
+    if not isinstance(value, str):
+        found = f"{shown(value)} ({type(value).__name__})"
+        raise ValueError(f"speculative_config: found {found}, allowed: the path of a JSON file")
+    return Path(value)
+
+
+def _by_field(written: Mapping[Any, Any], file: Path | None) -> dict[Any, Any]:
+    """Options by the names of their fields. Raises ValueError for one that is written in two spellings."""
+    options: dict[Any, Any] = {}
+    for key, value in written.items():
+        name = key.replace("-", "_") if isinstance(key, str) else key
+        if name in options:
+            raise ValueError(
+                f"speculative_config.{shown_name(name)}: found it twice, with dashes and without, "
+                f"allowed: one of them{_in(file)}"
+            )
+        options[name] = value
+    return options
+
+
+def _local_path(key: str, value: str, file: Path | None) -> str:
     """An existing path made absolute; anything else (a Hugging Face id) as it is."""
     if value == BUILTIN_HEAD:
         return str(_ASSETS / "head")
-    path = Path(value).expanduser()
-    candidates = [file.parent / path, path] if file else [path]
-    found = next((candidate for candidate in candidates if candidate.exists()), None)
+    try:
+        path = Path(value).expanduser()
+        candidates = [file.parent / path, path] if file else [path]
+        found = next((candidate for candidate in candidates if candidate.exists()), None)
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else errors.shown_message(error)
+        allowed = allowed_values(HeteroSpecConfig, key)
+        raise ValueError(
+            f"speculative_config.{key}: found {shown(value)}, which no file can be called ({reason}), "
+            f"allowed: {allowed}{_in(file)}"
+        ) from None
     return os.path.abspath(found) if found else value
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in content if keys.count(key) > 1)
-        raise ValueError(f"the key '{twice}' twice")
-    return content

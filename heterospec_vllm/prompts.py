@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompt files: a JSON object a line, with `prompt` or `turns`."""
 
-import json
 from pathlib import Path
 from typing import Any
+
+from heterospec_vllm import input_files
 
 _ALLOWED = "a JSON object with `prompt`, a text, or `turns`, a list of texts"
 _MAX_SHOWN = 80  # bytes of a refused line
@@ -42,7 +43,7 @@ def chat_token_ids(tokenizer: Any, texts: list[str], most: int) -> list[list[int
 
 def _text(path: Path, number: int, line: bytes) -> str:
     try:
-        return text_of(json.loads(line))
+        return text_of(input_files.parse(line))
     except ValueError:  # no JSON, no UTF-8, or no prompt
         shown = line.strip()[:_MAX_SHOWN].decode(errors="replace")
         raise ValueError(f"{path}, line {number}: found {shown!r}, allowed: {_ALLOWED}") from None

@@ -7,7 +7,6 @@ else.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from heterospec_vllm import input_files
+from heterospec_vllm.errors import clauses_of
 from heterospec_vllm.kernels import private_files
 
 ROWS = "rows.jsonl"
@@ -151,13 +152,24 @@ R = TypeVar("R", bound=BaseModel)
 
 
 def read(path: Path, kind: type[R]) -> Iterator[R]:
-    """The records of a file; nothing where it does not exist; a torn last line is left out."""
+    """The records of a file; nothing where it does not exist; a torn last line is left out.
+
+    Raises ValueError with the file, the line, and what is wrong in it.
+    """
     if not path.exists():
         return
-    with path.open() as lines:
-        for line in lines:
-            if line.endswith("\n"):
-                yield kind.model_validate(json.loads(line))
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.endswith(b"\n"):
+                yield _record(line, kind, f"{path}, line {number}")
+
+
+def _record(line: bytes, kind: type[R], where: str) -> R:
+    values = input_files.parse_object(line, f"at {where}", "a JSON object")
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(f"{where}: {clauses_of(error, kind, values)}") from None
 
 
 def rows_of(folder: Path) -> list[Row]:
@@ -165,14 +177,7 @@ def rows_of(folder: Path) -> list[Row]:
     path = folder / ROWS
     if not path.is_file():
         raise ValueError(f"found no {ROWS} in {folder}, allowed: folders of `heterospec bench`")
-    try:
-        return list(read(path, Row))
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in problem["loc"])
-        raise ValueError(f"{path}: {where}: {problem['msg']}") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    return list(read(path, Row))
 
 
 def append(path: Path, record: BaseModel) -> None:

@@ -21,8 +21,8 @@ from pydantic import (
 )
 
 from heterospec_vllm.bench.rows import Cell, LoadName
-from heterospec_vllm.bench.spec_errors import clauses_of
 from heterospec_vllm.config import HeteroSpecConfig
+from heterospec_vllm.errors import clauses_of
 
 MIX = "mix"
 # Options of each kind of system with their defaults; None: the option must be given.

@@ -63,18 +63,16 @@ def _check_bounds(nodes: int, depth: int) -> None:
     """Raises BadParameter naming the option that our config would refuse."""
     from pydantic import ValidationError
 
-    from heterospec_vllm.config import HeteroSpecConfig, allowed_values
+    from heterospec_vllm.config import HeteroSpecConfig
+    from heterospec_vllm.errors import faults_of
 
+    bounds = {"num_speculative_tokens": nodes, "max_depth": depth}
     try:
-        HeteroSpecConfig(
-            method="heterospec", model="trace", num_speculative_tokens=nodes, max_depth=depth
-        )
+        HeteroSpecConfig(method="heterospec", model="trace", **bounds)
     except ValidationError as error:
-        fault = error.errors()[0]
-        key = str(fault["loc"][0])
+        fault = faults_of(error, HeteroSpecConfig, bounds)[0]
         raise typer.BadParameter(
-            f"found {fault['input']}, allowed: {allowed_values(HeteroSpecConfig, key)}",
-            param_hint=OPTIONS[key],
+            f"found {fault.found}, allowed: {fault.allowed}", param_hint=OPTIONS[fault.key]
         ) from None
 
 

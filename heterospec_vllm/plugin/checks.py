@@ -6,9 +6,8 @@ It runs while the engine config is built, so before any weight is loaded.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-# Sizes that the CPU tree-attention op is compiled for.
-CPU_HEAD_SIZES = (64, 96, 128)
 # Names that model configs have for a layer that attends to the whole context.
 FULL_ATTENTION = ("full_attention", "attention")
 PLATFORMS = ("cpu", "cuda", "rocm")
@@ -48,6 +47,7 @@ class EngineFacts:
     platform: str = "cpu"
     worker_cls: str = "auto"
     kv_cache_dtype: str = "auto"
+    checkpoint_kv_cache_dtype: str = "auto"  # what `auto` means for the target's checkpoint
     async_scheduling: bool | None = None
     lora: bool = False
     kv_connector: bool = False
@@ -80,6 +80,12 @@ def _engine_reasons(facts: EngineFacts) -> Iterator[str]:
         yield (
             f"kv_cache_dtype: found '{facts.kv_cache_dtype}', allowed: {', '.join(KV_CACHE_DTYPES)}"
         )
+    elif facts.kv_cache_dtype == "auto" and facts.checkpoint_kv_cache_dtype not in KV_CACHE_DTYPES:
+        yield (
+            f"kv_cache_dtype: found 'auto', which is '{facts.checkpoint_kv_cache_dtype}' for the target's "
+            f"checkpoint (its quantization names a KV cache type), allowed: {', '.join(KV_CACHE_DTYPES)}, "
+            "so start with --kv-cache-dtype bfloat16"
+        )
     if facts.async_scheduling:
         yield (
             "async_scheduling: found True, allowed: False or unset, "
@@ -93,9 +99,25 @@ def _engine_reasons(facts: EngineFacts) -> Iterator[str]:
         yield "watermark_config: found one, allowed: none"
 
 
-def head_size_allowed(head_size: int, platform: str) -> bool:
-    """On GPUs a size without a tree kernel means chains, decided when the layers are known."""
-    return platform != "cpu" or head_size in CPU_HEAD_SIZES
+def has_kv_cache_scheme(quantization: Any) -> bool:
+    """Whether a checkpoint's `quantization_config` makes vLLM keep its layers' KV in fp8 by default."""
+    return (
+        isinstance(quantization, Mapping)
+        and quantization.get("quant_method") == "compressed-tensors"
+        and quantization.get("kv_cache_scheme") is not None
+    )
+
+
+def head_size_reason(head_size: int, platform: str) -> tuple[str, str] | None:
+    """(found, allowed) of a size that is refused, or None.
+
+    On GPUs a size without a tree kernel means chains, decided when the layers are known.
+    """
+    from heterospec_vllm.kernels import head_sizes  # not at the top: every vLLM process imports this module
+
+    if platform != "cpu" or head_size in head_sizes.CPU:
+        return None
+    return f"head size {head_size}", ", ".join(map(str, head_sizes.CPU))
 
 
 def _target_reasons(target: TargetFacts, platform: str) -> Iterator[str]:
@@ -127,9 +149,9 @@ def _target_reasons(target: TargetFacts, platform: str) -> Iterator[str]:
     other_layers = [kind for kind in target.layer_types if kind not in FULL_ATTENTION]
     if other_layers:
         yield f"{model}: found layers of type {', '.join(other_layers)}, allowed: full_attention"
-    if not head_size_allowed(target.head_size, platform):
-        sizes = ", ".join(map(str, CPU_HEAD_SIZES))
-        yield f"{model}: found head size {target.head_size}, allowed on CPU: {sizes}"
+    fault = head_size_reason(target.head_size, platform)
+    if fault is not None:
+        yield f"{model}: found {fault[0]}, allowed on CPU: {fault[1]}"
     if target.prompt_embeds:
         yield "enable_prompt_embeds: found True, allowed: False"
     if target.logits_processors:

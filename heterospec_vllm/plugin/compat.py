@@ -4,7 +4,7 @@
 from typing import Any
 
 from heterospec_vllm.patching import vllm_version as vllm_version
-from heterospec_vllm.plugin.checks import EngineFacts, TargetFacts
+from heterospec_vllm.plugin.checks import EngineFacts, TargetFacts, has_kv_cache_scheme
 
 # The plugin overrides private methods of the model runner, so a version counts only when its
 # sources were read. A local part such as "+cpu" does not matter.
@@ -70,15 +70,25 @@ def platform_name() -> str:
     return "rocm" if current_platform.is_rocm() else current_platform.device_name
 
 
-def engine_facts(engine_args: Any, model_config: Any) -> EngineFacts:
-    """What the engine was asked to do, from vLLM's EngineArgs."""
+def _checkpoint_kv_cache_dtype(model_config: Any) -> str:
+    """What the KV cache type `auto` means for a checkpoint."""
     from vllm.utils.torch_utils import resolve_kv_cache_dtype_string
 
+    quantization = getattr(model_config.hf_config, "quantization_config", None)
+    # For these the attention layers turn `auto` into fp8 themselves.
+    if has_kv_cache_scheme(quantization):
+        return "fp8"
+    return resolve_kv_cache_dtype_string("auto", model_config)
+
+
+def engine_facts(engine_args: Any, model_config: Any) -> EngineFacts:
+    """What the engine was asked to do, from vLLM's EngineArgs."""
     return EngineFacts(
         target=target_facts(model_config),
         platform=platform_name(),
         worker_cls=engine_args.worker_cls,
-        kv_cache_dtype=resolve_kv_cache_dtype_string(engine_args.kv_cache_dtype, model_config),
+        kv_cache_dtype=engine_args.kv_cache_dtype,
+        checkpoint_kv_cache_dtype=_checkpoint_kv_cache_dtype(model_config),
         async_scheduling=engine_args.async_scheduling,
         lora=engine_args.enable_lora,
         kv_connector=(

@@ -10,13 +10,22 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from heterospec_vllm.config import read_json_object
-from heterospec_vllm.plugin.checks import CPU_HEAD_SIZES, EngineFacts, head_size_allowed
-from heterospec_vllm.plugin.head_schema import HeadConfig, allowed_at, contradictions
-from heterospec_vllm.plugin.weights_header import shown, weight_files
+from heterospec_vllm.errors import faults_of, shown, shown_message, shown_path
+from heterospec_vllm.input_files import read_object
+from heterospec_vllm.plugin.checks import EngineFacts, has_kv_cache_scheme, head_size_reason
+from heterospec_vllm.plugin.head_schema import HeadConfig, contradictions
+from heterospec_vllm.plugin.weights_header import weight_files
 
 # Heads that are one vLLM EAGLE-3 decoder over aux hidden states of the target.
-ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "Eagle3Qwen3ForCausalLM")
+# vLLM maps P-EAGLE's names to the same classes, but those heads draft all tokens in one pass.
+ARCHITECTURES = (
+    "LlamaForCausalLMEagle3",
+    "Eagle3LlamaForCausalLM",
+    "Eagle3MiniMaxM2ForCausalLM",
+    "Eagle3Qwen2_5vlForCausalLM",
+    "Eagle3Qwen3vlForCausalLM",
+    "Eagle3Qwen3ForCausalLM",
+)
 # Early EAGLE-3 heads carry their decoder's plain name; the draft vocabulary tells them apart.
 _UNMARKED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen3ForCausalLM")
 # Keys that a config of the speculators library holds outside its decoder's config.
@@ -49,7 +58,7 @@ def load(model: str) -> HeadConfig:
     if not os.path.isdir(model):
         return parse(_hub_config(model), model)
     path = Path(model) / "config.json"
-    return parse(read_json_object(path, FIELD), str(path))
+    return parse(read_object(path, FIELD), str(path))
 
 
 def parse(config: Mapping[str, Any], source: str = "the head's config.json") -> HeadConfig:
@@ -80,7 +89,8 @@ def parse(config: Mapping[str, Any], source: str = "the head's config.json") -> 
     try:
         head = HeadConfig.model_validate({**kept, "source": source})
     except ValidationError as error:
-        raise ValueError(_sentence(error.errors()[0], source)) from None
+        first = faults_of(error, HeadConfig, kept)[0]
+        raise _fault(f"{first.found_with_type} for {first.key}", source, first.allowed) from None
     fault = next(contradictions(head), None)
     if fault is not None:
         raise _fault(fault[0], source, fault[1])
@@ -138,12 +148,12 @@ def positions_reason(head: HeadConfig, max_model_len: int) -> str | None:
 
 
 def _fault(found: str, source: str, allowed: str) -> ValueError:
-    return ValueError(f"{FIELD}: found {found} in {source}, allowed: {allowed}")
+    return ValueError(f"{FIELD}: found {found} in {shown_path(source)}, allowed: {allowed}")
 
 
 def _hub_config(model: str) -> dict[str, Any]:
     if not _HUB_ID.fullmatch(model):
-        raise ValueError(f"{FIELD}: found no folder at '{model}', allowed: an EAGLE-3 head")
+        raise ValueError(f"{FIELD}: found no folder at {shown(model)}, allowed: an EAGLE-3 head")
     import huggingface_hub
     from transformers import PreTrainedConfig
 
@@ -151,11 +161,10 @@ def _hub_config(model: str) -> dict[str, Any]:
         config, _ = PreTrainedConfig.get_config_dict(
             model, local_files_only=huggingface_hub.constants.HF_HUB_OFFLINE
         )
-    except OSError as error:
-        first_line = str(error).strip().splitlines()[0]
+    except (OSError, RecursionError, ValueError) as error:
         raise ValueError(
-            f"{FIELD}: found '{model}', which is no folder, nor a Hugging Face id that can be "
-            f"read from here ({first_line}), allowed: an EAGLE-3 head"
+            f"{FIELD}: found {shown(model)}, which is no folder, nor a Hugging Face id that can be "
+            f"read from here ({shown_message(error)}), allowed: an EAGLE-3 head"
         ) from error
     return config
 
@@ -187,16 +196,6 @@ def _of_speculators(config: Mapping[str, Any], source: str) -> dict[str, Any]:
 def _defaults(config: Mapping[str, Any]) -> Mapping[str, Any]:
     model_type = config.get("model_type")
     return _DEFAULTS.get(model_type, {}) if isinstance(model_type, str) else {}
-
-
-def _sentence(fault: Any, source: str) -> str:
-    key = ".".join(map(str, fault["loc"]))
-    found = "nothing" if fault["type"] == "missing" else _with_type(fault["input"])
-    return str(_fault(f"{found} for {key}", source, allowed_at(fault["loc"])))
-
-
-def _with_type(value: Any) -> str:
-    return f"{shown(value)} ({type(value).__name__})"
 
 
 def _require_readable(config: Mapping[str, Any], source: str) -> None:
@@ -236,13 +235,15 @@ def _misfits(head: HeadConfig, facts: EngineFacts) -> Iterator[tuple[str, str]]:
             f"a head with a draft vocabulary of {head.draft_vocab_size}",
             f"at most {target.vocab_size}, the target's",
         )
-    if not head_size_allowed(head.head_size, facts.platform):
-        sizes = ", ".join(map(str, CPU_HEAD_SIZES))
-        yield f"a head with head size {head.head_size}", f"on CPU {sizes}"
+    fault = head_size_reason(head.head_size, facts.platform)
+    if fault is not None:
+        yield f"a head with {fault[0]}", f"on CPU {fault[1]}"
     partial = sorted({kind for kind in head.layer_types or () if kind != "full_attention"})
     if partial:
         # vLLM would give such a head KV blocks of its own.
         yield f"a head with layers of {shown(', '.join(partial))}", "full_attention"
+    if facts.kv_cache_dtype == "auto" and has_kv_cache_scheme(head.quantization_config):
+        yield "a kv_cache_scheme, which means fp8", "none, or --kv-cache-dtype bfloat16"
     if not head.eagle_config.use_aux_hidden_state:
         yield "use_aux_hidden_state false", "a head that reads aux hidden states"
     yield from _aux_misfits(head, target.num_hidden_layers)

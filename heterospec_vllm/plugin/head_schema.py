@@ -2,7 +2,7 @@
 """The schema of a head's config.json: every key that vLLM or we read, its type and what it may hold."""
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -183,26 +183,6 @@ class HeadConfig(_Strict):
             stated = self.num_aux_layers or stated
             nested = self.eagle_aux_hidden_state_layer_ids or nested
         return stated or (len(nested) if nested else _NUM_DEFAULT_AUX)
-
-
-def allowed_at(location: tuple[Any, ...]) -> str:
-    """What the key at a fault's location may hold, in words, from the field that declares it."""
-    model: type[BaseModel] | None = HeadConfig
-    words = ""
-    for key in location:
-        field = model.model_fields.get(key) if model is not None and isinstance(key, str) else None
-        if field is None:
-            break
-        kinds = (field.annotation, *get_args(field.annotation))
-        literal = next((kind for kind in kinds if get_origin(kind) is Literal), None)
-        extra = field.json_schema_extra
-        words = str(extra["allowed"]) if isinstance(extra, dict) else _options(literal)
-        model = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
-    return words
-
-
-def _options(literal: Any) -> str:
-    return ", ".join(repr(value) for value in get_args(literal))
 
 
 def contradictions(head: HeadConfig) -> Iterator[tuple[str, str]]:

@@ -11,15 +11,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from heterospec_vllm.errors import shown
 from heterospec_vllm.plugin.checks import TargetFacts
 from heterospec_vllm.plugin.head import FIELD
 from heterospec_vllm.plugin.head_schema import HeadConfig
-from heterospec_vllm.plugin.weights_header import (
-    StoredTensor,
-    is_number_type,
-    shown,
-    stored_tensors,
-)
+from heterospec_vllm.plugin.weights_header import StoredTensor, is_number_type, stored_tensors
 
 # Formats in which vLLM reads the files that `stored_tensors` does.
 LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor")

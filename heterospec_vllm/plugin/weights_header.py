@@ -7,16 +7,15 @@ shapes are checked before anything is read by them. Every fault is a ValueError 
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import pickle
-import reprlib
-import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from heterospec_vllm.errors import shown, shown_message
+from heterospec_vllm.input_files import opened, parse_object, read_bytes
 
 # Bits of an element by the type's name in a safetensors header.
 DTYPE_BITS = {
@@ -30,6 +29,7 @@ DTYPE_BITS = {
 }
 # The safetensors library allows 100 MB. Thousands of tensors fit into this.
 MAX_HEADER = 16_000_000
+_FILE = "a file of weights"
 _LENGTH = 8  # bytes in front of the header that hold its length
 _INDEX = "model.safetensors.index.json"
 # What transformers' trainer leaves beside weights; vLLM passes it over.
@@ -54,10 +54,6 @@ _TORCH_FAULTS = (
     ValueError,
     pickle.UnpicklingError,
 )
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
-_SHORT.maxlevel = 3
 
 
 @dataclass(frozen=True)
@@ -98,8 +94,9 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _indexed(folder: Path, present: set[str]) -> list[Path]:
     path = folder / _INDEX
-    with _opened(path) as (file, length):
-        content = _parsed(_read(file, path, 0, min(length, MAX_HEADER)), path, "JSON")
+    with opened(path, _FILE) as (file, length):
+        text = read_bytes(file, path, 0, min(length, MAX_HEADER))
+    content = parse_object(text, f"in {path}", "JSON")
     shards = content.get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
         raise ValueError(f"found no weight_map in {path}, allowed: file names by the tensor's name")
@@ -114,19 +111,19 @@ def _indexed(folder: Path, present: set[str]) -> list[Path]:
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file. Raises ValueError where header and file do not agree."""
-    with _opened(path) as (file, length):
+    with opened(path, _FILE) as (file, length):
         if length < _LENGTH:
             raise ValueError(f"found {length} bytes in {path}, allowed: a safetensors file")
-        size = int.from_bytes(_read(file, path, 0, _LENGTH), "little")
+        size = int.from_bytes(read_bytes(file, path, 0, _LENGTH), "little")
         if size > min(MAX_HEADER, length - _LENGTH):
             raise ValueError(
                 f"found a header of {size} bytes in {path}, "
                 f"allowed: at most {min(MAX_HEADER, length - _LENGTH)} in a file of {length}"
             )
-        content = _read(file, path, _LENGTH, size)
+        content = read_bytes(file, path, _LENGTH, size)
     if not content.startswith(b"{"):
         raise ValueError(f"found {shown(content[:8])} in {path}, allowed: a safetensors header")
-    header = _parsed(content, path, "a safetensors header")
+    header = parse_object(content, f"in {path}", "a safetensors header")
     header.pop("__metadata__", None)
     begin = _LENGTH + size
     spans = [_span(path, name, entry) for name, entry in header.items()]
@@ -187,8 +184,8 @@ def _reader(path: Path, dtype: str, shape: tuple[int, ...], first: int) -> Calla
         import numpy as np  # not at the top: vLLM's plugins are imported by every process
 
         kind = np.dtype(_NUMPY[dtype])
-        with _opened(path) as (file, _):
-            content = _read(file, path, first, math.prod(shape) * kind.itemsize)
+        with opened(path, _FILE) as (file, _):
+            content = read_bytes(file, path, first, math.prod(shape) * kind.itemsize)
         return np.frombuffer(content, dtype=kind).reshape(shape)
 
     return read
@@ -198,7 +195,7 @@ def _read_torch_file(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a file that `torch.save` wrote, through torch's reader that runs no code."""
     import torch
 
-    with _opened(path):
+    with opened(path, _FILE):
         pass
     try:
         try:
@@ -207,7 +204,7 @@ def _read_torch_file(path: Path) -> dict[str, StoredTensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except _TORCH_FAULTS as error:
         raise ValueError(
-            f"found a file that torch cannot load with weights_only ({first_line(error)}) "
+            f"found a file that torch cannot load with weights_only ({shown_message(error)}) "
             f"at {path}, allowed: the weights of a model"
         ) from None
     if not isinstance(content, Mapping):
@@ -243,70 +240,3 @@ def torch_dtype_name(dtype: Any) -> str:
 def is_number_type(dtype: str) -> bool:
     """Whether `StoredTensor.read` reads it."""
     return dtype in _NUMPY
-
-
-class _opened:
-    """(file descriptor, length) of a regular file; never waits for a pipe. Raises ValueError for others."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> tuple[int, int]:
-        try:
-            self._file = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK)
-        except OSError as error:
-            raise self._fault(f"no readable file ({error.strerror})") from None
-        found = os.fstat(self._file)
-        if not stat.S_ISREG(found.st_mode):
-            os.close(self._file)
-            raise self._fault("a folder or device")
-        return self._file, found.st_size
-
-    def __exit__(self, *exception: object) -> None:
-        os.close(self._file)
-
-    def _fault(self, found: str) -> ValueError:
-        return ValueError(f"found {found} at {self._path}, allowed: a file of weights")
-
-
-def _read(file: int, path: Path, first: int, num_bytes: int) -> bytes:
-    content = b""
-    while len(content) < num_bytes:
-        part = os.pread(file, num_bytes - len(content), first + len(content))
-        if not part:
-            raise ValueError(f"found the end of {path} at {first + len(content)}, allowed: later")
-        content += part
-    return content
-
-
-def _parsed(content: bytes, path: Path, what: str) -> dict[str, Any]:
-    """A JSON object. Raises ValueError for anything else, and for a key that it has twice."""
-    try:
-        found = json.loads(content.decode("utf-8"), object_pairs_hook=_unique)
-    except RecursionError:
-        raise ValueError(f"found brackets nested too deeply in {path}, allowed: {what}") from None
-    except ValueError as error:
-        raise ValueError(f"found {first_line(error)} in {path}, allowed: {what}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"found {shown(found)} in {path}, allowed: {what}")
-    return found
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        keys = sorted(key for key, _ in pairs)
-        twice = next(a for a, b in zip(keys, keys[1:], strict=False) if a == b)
-        raise ValueError(f"the key {shown(twice)} twice")
-    return content
-
-
-def shown(value: Any) -> str:
-    """A value on one line, shortened."""
-    return " ".join(_SHORT.repr(value).split())
-
-
-def first_line(error: BaseException) -> str:
-    """The beginning of an error's message."""
-    lines = str(error).strip().splitlines()
-    return shown(lines[0])[1:-1] if lines else type(error).__name__

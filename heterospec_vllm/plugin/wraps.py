@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from heterospec_vllm import config
+from heterospec_vllm.errors import one_line
 from heterospec_vllm.patching import Wrap
 from heterospec_vllm.plugin import checks, compat, head, head_weights
 
@@ -39,6 +40,8 @@ def _wrap_add_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
         action.type = functools.wraps(action.type)(
             functools.partial(config.recognise_path, action.type)
         )
+        method = parser._option_string_actions["--spec-method"]
+        method.choices = [*method.choices, config.METHOD]
         return parser
 
     return add_cli_args
@@ -114,7 +117,7 @@ def _checked_config(
         reasons.append(_head_reason(ours, facts, length, load_format))
     for reason in reasons:
         if reason:
-            raise ValueError(f"heterospec: {reason}")
+            raise ValueError(f"heterospec: {one_line(reason)}")
     return _with_profile(ours, model_config.model)
 
 
@@ -190,8 +193,9 @@ WRAPS = (
         owner="EngineArgs",
         name="add_cli_args",
         parameters=("parser",),
-        why="--speculative-config takes JSON only; its type must let a path through, marked.",
-        remove_when="vLLM accepts a file for --speculative-config.",
+        why="--speculative-config takes JSON only; its type must let a path through, marked. --spec-method takes "
+        "vLLM's own methods only.",
+        remove_when="vLLM accepts a file for --speculative-config and lets a plugin register a method.",
         make=_wrap_add_cli_args,
     ),
     Wrap(

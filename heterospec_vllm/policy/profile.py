@@ -24,8 +24,10 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from heterospec_vllm import input_files
 from heterospec_vllm.arrays import Floats
-from heterospec_vllm.config import read_json_object
+from heterospec_vllm.config import MAX_DEPTH
+from heterospec_vllm.errors import Fault, faults_of, shown, shown_name, shown_path
 from heterospec_vllm.kernels import private_files
 from heterospec_vllm.policy.strata import NUM_STRATA, Strata
 from heterospec_vllm.policy.survival import PROFILE_SHAPE
@@ -43,16 +45,21 @@ def _rising(edges: list[float]) -> list[float]:
     return edges
 
 
+_STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
 Edges = Annotated[list[Annotated[float, Field(allow_inf_nan=False)]], AfterValidator(_rising)]
+
+
+MOST = 2**31 - 1  # tokens, requests or nodes
+Seconds = Annotated[float, Field(ge=0, le=3600)]  # of one pass
 
 
 class CostTableData(BaseModel):
     """Seconds at rising counts, never falling."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = _STRICT
 
-    knots: list[Annotated[int, Field(ge=1)]]
-    seconds: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]]
+    knots: list[Annotated[int, Field(ge=1, le=MOST)]]
+    seconds: list[Annotated[float, Field(gt=0, le=3600)]]
 
     def model_post_init(self, _: Any) -> None:
         if len(self.knots) != len(self.seconds) or len(self.knots) < 2:
@@ -66,33 +73,33 @@ class CostTableData(BaseModel):
 class CostData(BaseModel):
     """``cost.StepCosts`` as a file holds it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = _STRICT
 
     verify: CostTableData
     first_pass: CostTableData
     level: CostTableData
-    request_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    context_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    request_seconds: Seconds
+    context_seconds: Seconds
 
 
 class Profile(BaseModel):
     """One calibrated pair."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = _STRICT
 
     version: Literal[1]
     target: str = Field(min_length=1)  # fingerprint of the target's weights
     head: str = Field(min_length=1)
-    machine: str = Field(min_length=1)  # where the costs were measured
+    machine: str = Field(min_length=1)  # where the costs were measured; on others they are measured anew
     dtype: str = ""  # in which the costs were measured
     created: str = ""
     versions: dict[str, str] = {}
-    num_prompts: int = 0
-    num_nodes: int = 0  # labelled nodes behind the survivals
+    num_prompts: int = Field(default=0, ge=0, le=MOST)
+    num_nodes: int = Field(default=0, ge=0, le=MOST)  # labelled nodes behind the survivals
     edges: list[Edges] = Field(min_length=1)  # strata by depth of the path
-    paper_depth: int = Field(ge=1)  # default depth that the paper's edges were fitted at
+    paper_depth: int = Field(ge=1, le=MAX_DEPTH)  # default depth that the paper's edges were fitted at
     paper_edges: Edges
-    survivals: list[list[list[list[Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]]]]]
+    survivals: list[list[list[list[Annotated[float, Field(ge=0, le=1)]]]]]
     costs: CostData
     held_out: dict[str, float] = {}  # the calibration's check of itself
 
@@ -127,43 +134,38 @@ class Profile(BaseModel):
 
 def load_profile(path: Path) -> Profile:
     """The profile in a file. Raises ValueError naming the key, what was found and what is allowed."""
-    content = read_json_object(path, FIELD)
+    content = input_files.read_object(path, FIELD)
     version = content.get("version")
-    if version != VERSION:
+    if type(version) is not int or version != VERSION:
         raise ValueError(
-            f"{FIELD}: found the profile version {version!r} in {path}, allowed: {VERSION} "
-            "(make it anew with `heterospec calibrate`)"
+            f"{FIELD}: found the profile version {shown(version)} in {shown_path(path)}, "
+            f"allowed: {VERSION} (make it anew with `heterospec calibrate`)"
         )
     try:
         return Profile.model_validate(content)
     except ValidationError as error:
-        raise ValueError(f"{FIELD}: {_words(error.errors()[0], path)}") from None
+        first = faults_of(error, Profile, content)[0]
+        raise ValueError(f"{FIELD}: {_words(first, shown_path(path))}") from None
 
 
-def _words(fault: Any, path: Path) -> str:
+def _words(fault: Fault, path: str) -> str:
     """A fault of a profile: what was found for which key, and what is allowed."""
-    key = ".".join(str(part) for part in fault["loc"]) or "the profile"
-    if fault["type"] == "extra_forbidden":
-        *above, _ = fault["loc"]
-        model: Any = Profile
-        for part in above:
-            model = model.model_fields[part].annotation
-        return f"found the unknown key {key} in {path}, allowed: {', '.join(model.model_fields)}"
-    found = "nothing" if fault["type"] == "missing" else _short(fault["input"])
-    found = fault.get("ctx", {}).get("found", found)
-    allowed = fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ").lower()
-    return f"found {found} for {key} in {path}, allowed: {allowed}"
+    key = fault.key or "the profile"
+    if fault.is_unknown_key:
+        return f"found the unknown key {key} in {path}, allowed: {fault.allowed}"
+    found = f"the key {fault.found}" if fault.is_key else fault.found
+    return f"found {found} for {key} in {path}, allowed: {fault.allowed}"
 
 
 def misfit_reason(profile: Profile, target: str, head: str) -> str | None:
     """Why a profile is not for this pair, as one sentence, or None where it is."""
     for name, found, wanted in (
         ("target", profile.target, fingerprint(target)),
-        ("head", profile.head, fingerprint(head)),
+        ("head", profile.head, fingerprint(head, "speculative_config.model")),
     ):
         if found != wanted:
             return (
-                f"{FIELD}: found a profile made for another {name} ({found}), allowed: one for "
+                f"{FIELD}: found a profile made for another {name} ({shown_name(found)}), allowed: one for "
                 f"{wanted} (make it with `heterospec calibrate`, or leave the key out)"
             )
     return None
@@ -181,17 +183,23 @@ def shipped_profile(target: str, head: str) -> Path | None:
     return None
 
 
-def fingerprint(model: str) -> str:
-    """Names the weights of a model: sizes and beginnings of its weight files; of a model that is not here, its name."""
+def fingerprint(model: str, field: str = "model") -> str:
+    """Names the weights of a model: sizes and beginnings of its weight files; of a model that is not here, its name.
+
+    Raises ValueError with the field where a file of weights cannot be read.
+    """
     folder = _local_folder(model)
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")) if folder else []
     if not files:
         return f"name:{model}"
     digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.name}:{path.stat().st_size}".encode())
-        with open(path, "rb") as file:
-            digest.update(file.read(2**20))
+    try:
+        for path in files:
+            with input_files.opened(path, "a file of weights") as (file, length):
+                digest.update(f"{path.name}:{length}".encode())
+                digest.update(input_files.read_bytes(file, path, 0, min(length, 2**20)))
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from None
     return "sha256:" + digest.hexdigest()[:32]
 
 
@@ -204,8 +212,3 @@ def _local_folder(model: str) -> Path | None:
         return Path(snapshot_download(model, local_files_only=True))
     except (ImportError, OSError, ValueError):
         return None
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from heterospec_vllm import input_files
 from heterospec_vllm.prompts import text_of
 
 _PROMPT = "a JSON object with `prompt`, a text, or `turns`, a list of texts"
@@ -97,7 +98,7 @@ def _lines(path: Path, option: str, allowed: str) -> Iterator[tuple[int, dict[st
     with path.open("rb") as lines:
         for number, raw in enumerate(lines, 1):
             try:
-                line = json.loads(raw)
+                line = input_files.parse(raw)
             except ValueError:  # no JSON or no UTF-8
                 line = None
             if not isinstance(line, dict):
@@ -128,7 +129,7 @@ def target_config(folder: Path) -> dict[str, Any]:
     """``config.json`` of a target whose folder has what the trainer reads."""
     path = require_config(folder, "--target")
     try:
-        config = json.loads(path.read_bytes())
+        config = input_files.parse(path.read_bytes())
     except ValueError:
         config = None
     if not isinstance(config, dict):

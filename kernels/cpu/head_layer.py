@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
+from ..head_sizes import CPU_KERNELS
 from .library import DTYPE_CODES, c_entry
 from .packed_linear import size_of
 from .structs import STRUCTS
 from .tree_attention import (
     BLOCK_SIZE_MULTIPLE,
     NO_ROWS,
-    SUPPORTED_HEAD_SIZES,
     pack_layer,
     pack_requests,
     tail_of,
@@ -72,8 +72,8 @@ class HeadLayerWeights:
                 return f"{name} is {found}, allowed: contiguous {shape}"
             if tensor.dtype != self.embedding.dtype or tensor.dtype not in DTYPE_CODES:
                 return f"{name} is {tensor.dtype}, allowed: one of {list(DTYPE_CODES)} for all"
-        if self.head_size not in SUPPORTED_HEAD_SIZES:
-            return f"head_size is {self.head_size}, allowed: {list(SUPPORTED_HEAD_SIZES)}"
+        if self.head_size not in CPU_KERNELS:
+            return f"head_size is {self.head_size}, allowed: {list(CPU_KERNELS)}"
         if self.cos_sin.dtype != torch.float32 or not self.cos_sin.is_contiguous():
             return f"cos_sin is {self.cos_sin.dtype}, allowed: contiguous torch.float32"
         if self.cos_sin.shape[1] % 2 or self.cos_sin.shape[1] > self.head_size:

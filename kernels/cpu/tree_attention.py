@@ -10,7 +10,6 @@ from .library import DTYPE_CODES, c_entry
 from .structs import STRUCTS
 
 MAX_ROWS = 64  # rows a request: the width of the ancestor mask
-SUPPORTED_HEAD_SIZES = tuple(range(32, 257, 32))  # vLLM stores other sizes as `vec16`
 BLOCK_SIZE_MULTIPLE = 16
 
 # How vLLM lays out the pages (csrc/pages.hpp); "amx" is for bfloat16 only.

@@ -12,6 +12,7 @@ import torch
 from .aot_registry import AotConfig
 from .tree_attention_kernels import tree_attention_kernel, tree_attention_sum_kernel
 from .tree_attention_plan import (
+    HEAD_SIZES,
     MIN_SHARE,
     TreeAttentionPlan,
     TreeAttentionWorkspace,
@@ -206,7 +207,7 @@ def _tile_config(
 
 
 def _tile_configs() -> Iterator[AotConfig]:
-    for head_size in (64, 96, 128, 256):
+    for head_size in HEAD_SIZES:
         for packed_rows in (16, 32) if head_size <= 128 else (16,):
             yield _tile_config(head_size, torch.bfloat16, "bf16", packed_rows=packed_rows)
     for head_size in (128, 256):

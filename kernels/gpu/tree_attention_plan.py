@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ..head_sizes import GPU as HEAD_SIZES
+
 MAX_ROWS = 64  # rows a request: the width of the ancestor mask
-HEAD_SIZES = (64, 96, 128, 256)
 BLOCK_SIZE_MULTIPLE = 16
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FP8 = torch.float8_e4m3fn

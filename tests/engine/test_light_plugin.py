@@ -44,7 +44,7 @@ print(sorted(set(sys.modules) - before))
     assert "heterospec_vllm.plugin.wraps" in ours
     assert not [name for name in loaded if name.startswith(HEAVY)]
     grounded = ("heterospec_vllm.plugin", "heterospec_vllm.config", "heterospec_vllm.errors")
-    grounded += ("heterospec_vllm.patching",)
+    grounded += ("heterospec_vllm.input_files", "heterospec_vllm.patching")
     assert [name for name in ours[1:] if not name.startswith(grounded)] == []
     assert {name.split(".")[0] for name in loaded} <= {"heterospec_vllm", "difflib"}
 

@@ -7,9 +7,9 @@ from heterospec_vllm.kernels.cpu.library import DTYPE_CODES
 from heterospec_vllm.kernels.cpu.tree_attention import (
     BLOCK_SIZE_MULTIPLE,
     MAX_ROWS,
-    SUPPORTED_HEAD_SIZES,
     TreeAttentionInputs,
 )
+from heterospec_vllm.kernels.head_sizes import CPU_KERNELS
 
 
 def check_inputs(inputs: TreeAttentionInputs, output: torch.Tensor) -> None:
@@ -67,9 +67,7 @@ def _check_tensors(
         _require(tensor.stride(-1) == 1, f"{name}.stride(-1)", tensor.stride(-1), 1)
     num_tokens, num_heads, head_size = query.shape
     _require(output.shape == query.shape, "output.shape", output.shape, query.shape)
-    _require(
-        head_size in SUPPORTED_HEAD_SIZES, "query.shape[2]", head_size, list(SUPPORTED_HEAD_SIZES)
-    )
+    _require(head_size in CPU_KERNELS, "query.shape[2]", head_size, list(CPU_KERNELS))
     _, num_kv_heads, block_size, _ = key_cache.shape
     _require(num_heads % num_kv_heads == 0, "num_heads", num_heads, f"multiple of {num_kv_heads}")
     _require(

@@ -42,6 +42,10 @@ ENGINE_FAULTS: dict[str, tuple[Any, str]] = {
     "platform": ("tpu", "device: found the platform tpu, allowed: cpu, cuda, rocm"),
     "worker_cls": ("my.Worker", "worker_cls: found 'my.Worker', allowed: none"),
     "kv_cache_dtype": ("fp8_e5m2", "kv_cache_dtype: found 'fp8_e5m2', allowed: auto, bfloat16"),
+    "checkpoint_kv_cache_dtype": (
+        "fp8",
+        "kv_cache_dtype: found 'auto', which is 'fp8' for the target's checkpoint",
+    ),
     "async_scheduling": (True, "async_scheduling: found True"),
     "lora": (True, "enable_lora: found True"),
     "kv_connector": (True, "a KV connector"),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The options of the plugin, without vLLM: defaults, limits, paths, what travels to vLLM."""
 
+import argparse
 import copy
 import json
 import pickle
@@ -65,6 +66,83 @@ def test_options_written_with_dashes() -> None:
     source = find_source({"method": METHOD, "model": "x", "top-k": 2}, NO_FLAGS)
     assert source is not None
     assert parse(source).top_k == 2
+
+
+def refusal(options: Any, **flags: Any) -> str:
+    """The message, of one line, with which options are refused."""
+    with pytest.raises(ValueError) as raised:
+        source = find_source(options, {**NO_FLAGS, **flags})
+        assert source is not None
+        parse(source)
+    words = str(raised.value)
+    assert words.startswith("speculative_config") and words.isprintable(), words
+    assert "found " in words and ", allowed: " in words and len(words) < 800
+    return words
+
+
+def test_two_spellings_of_one_key(tmp_path: Path) -> None:
+    options = {"method": METHOD, "model": "x", "top-k": 1, "top_k": 2}
+    assert refusal(options).startswith("speculative_config.top_k: found it twice")
+    file = tmp_path / "heterospec.json"
+    file.write_text(json.dumps(options))
+    assert str(file) in refusal({CONFIG_FILE_KEY: str(file)})
+    # Who asked for another method is none of our business.
+    assert find_source({**options, "method": "ngram"}, NO_FLAGS) is None
+
+
+ODD_KEYS: dict[str, Any] = {
+    "surrogate": "\ud800",
+    "line break": "a\nb",
+    "1 MB": "k" * 2**20,
+    "integer": 5,
+    "null": None,
+    "tuple": ("a", 1),
+    "5000 digits": 10**5000,
+}
+
+
+@pytest.mark.parametrize("key", ODD_KEYS.values(), ids=ODD_KEYS)
+def test_odd_keys(key: Any) -> None:
+    words = refusal({"method": METHOD, "model": "x", key: 1})
+    assert "the unknown key '" in words and "allowed: method, model, policy" in words
+
+
+@pytest.mark.parametrize("key", ["model", "profile"])
+@pytest.mark.parametrize(
+    "value", ["~nobodyatall/x", "x" * 256, "a/" * 3000, 5, True, ["x"], b"x", Path("x" * 300)]
+)
+def test_paths_that_cannot_be(key: str, value: Any) -> None:
+    words = refusal({"method": METHOD, "model": "x", key: value})
+    assert words.startswith(f"speculative_config.{key}: found ")
+    assert "\\ud800" in refusal({"method": METHOD, "model": "\ud800"})
+
+
+def test_links_that_lead_nowhere_are_found_where_they_are_read(tmp_path: Path) -> None:
+    for name, target in (("dangling", "nowhere"), ("own", "own")):
+        (tmp_path / name).symlink_to(tmp_path / target)
+        assert parsed(model=str(tmp_path / name)).model == str(tmp_path / name)
+
+
+@pytest.mark.parametrize("value", [True, False, "0", 1.0, 0.0, None, 2])
+def test_the_first_index_is_an_integer(value: Any) -> None:
+    words = refusal({"method": METHOD, "model": "x", "paper_first_index": value})
+    assert f"speculative_config.paper_first_index: found {value!r}" in words
+    assert words.endswith("allowed: 0, 1")
+
+
+def test_a_config_file_that_is_no_path() -> None:
+    assert "found 5 (int), allowed: the path" in refusal({CONFIG_FILE_KEY: 5})
+
+
+def test_json_on_the_command_line_that_hides_something() -> None:
+    text = '{"method": "heterospec", "model": "x", "top_k": 1, "top_k": 2}'
+    with pytest.raises(argparse.ArgumentTypeError, match="the key 'top_k' twice, allowed"):
+        recognise_path(json.loads, text)
+    with pytest.raises(argparse.ArgumentTypeError, match="nested too deeply"):
+        recognise_path(json.loads, "[" * 100_000)
+    ours, others = '{"method": "heterospec"}', '{"method": "ngram", "x": 1, "x": 2}'
+    assert recognise_path(json.loads, ours) == {"method": METHOD}
+    assert recognise_path(json.loads, others) == {"method": "ngram", "x": 2}
 
 
 @pytest.mark.parametrize(
@@ -171,6 +249,12 @@ def test_request_options() -> None:
     assert (options.heterospec, options.heterospec_max_nodes) == ("on", 0)
     with pytest.raises(ValueError, match="vllm_xargs: found the unknown key 'heterospec-off'"):
         RequestOptions.from_extra_args({"heterospec-off": 1})
+    for wrong, found in (({5: 1}, r"the key 5 \(int\)"), ({None: 1}, "the key None"), ([1], r"\[1\]")):
+        with pytest.raises(ValueError, match=f"vllm_xargs: found {found}.*, allowed: "):
+            RequestOptions.from_extra_args(wrong)
+    for value in (True, "5", 4.0, -1, 64, 10**400):
+        with pytest.raises(ValueError, match="heterospec_max_nodes: found .* from 0 to 63"):
+            RequestOptions.from_extra_args({"heterospec_max_nodes": value})
 
 
 def test_allowed_values_come_from_the_fields() -> None:

@@ -143,6 +143,28 @@ NAN = float("nan")
         (change("costs.verify.knots.1", 1), "for costs.verify .*knots must rise"),
         (change("costs.request_seconds", -1.0), "found -1.0 for costs.request_seconds"),
         (change("target", ""), "found '' for target"),
+        (change("version", True), "found the profile version True .* allowed: 1"),
+        (change("version", 1.0), "found the profile version 1.0 "),
+        (change("version", "1"), "found the profile version '1' "),
+        (change("num_prompts", -1), "found -1 for num_prompts in .*: an integer from 0 to"),
+        (change("num_prompts", 10**400), "found 1000.* for num_prompts"),
+        (change("num_prompts", True), "found True for num_prompts"),
+        (change("num_nodes", 5.0), "found 5.0 for num_nodes"),
+        (change("paper_depth", 10**400), "for paper_depth in .*: an integer from 1 to 16"),
+        (change("paper_depth", "6"), "found '6' for paper_depth"),
+        (change("costs.verify.knots.3", 10**400), "for costs.verify.knots.3 in .*from 1 to"),
+        (change("costs.verify.knots.0", True), "found True for costs.verify.knots.0"),
+        (change("costs.verify.seconds.3", 1e308), r"found 1e\+308 for .*> 0 and <= 3600$"),
+        (change("costs.level.seconds.0", "1"), "found '1' for costs.level.seconds.0"),
+        (change("costs.request_seconds", "0"), "found '0' for costs.request_seconds"),
+        (change("costs.context_seconds", 1e308), r"found 1e\+308 for costs.context_seconds"),
+        (change("edges.0.0", "1"), "found '1' for edges.0.0 .*: a finite number$"),
+        (change("edges.0.0", True), "found True for edges.0.0"),
+        (change("survivals.0.0.0.0", True), "found True for survivals.0.0.0.0"),
+        (change("machine", 5), "found 5 for machine"),
+        (change("\ud800", 5), r"found the unknown key .ud800 in .*, allowed: version"),
+        (change("a\nb", 5), r"found the unknown key a.nb in .*, allowed: version"),
+        (change("k" * 2**20, 5), "found the unknown key kkk.*, allowed: version"),
     ],
 )
 def test_a_broken_profile_is_refused_by_name(
@@ -173,6 +195,27 @@ def test_an_unreadable_profile_is_refused(text: str | bytes | None, found: str, 
         file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=f"profile: found {found}.*{re.escape(str(file))}"):
         load_profile(file)
+
+
+@pytest.mark.parametrize("path", sorted(profiles.SHIPPED.glob("*.json")), ids=lambda path: path.stem)
+def test_every_shipped_profile_is_read(path: Path) -> None:
+    assert load_profile(path).costs.verify.seconds
+
+
+def test_what_calibrate_makes_is_read(file: Path) -> None:
+    """Its numbers come from numpy."""
+    costs = step_costs()
+    made = Profile(
+        **content(
+            edges=[[np.float64(0.5), np.float64(1.0)]],
+            paper_edges=list(np.array([2.0, 4.0])),
+            costs={**costs.as_dict(), "request_seconds": 0, "context_seconds": 1e-9},
+            num_prompts=28,
+            held_out={"log_loss": float("nan"), "nodes": 49504.0},
+        )
+    )
+    made.save(file)
+    assert load_profile(file).paper_edges == [2.0, 4.0]
 
 
 def test_the_config_finds_a_profile_beside_it_which_is_read_where_it_is_needed(file: Path) -> None:
@@ -215,6 +258,17 @@ def test_a_model_that_is_not_here_goes_by_its_name(tmp_path: Path) -> None:
 def test_old_style_weights_have_a_fingerprint(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"1234")
     assert fingerprint(str(tmp_path)).startswith("sha256:")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_weights_that_are_no_files(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match="^model: found no readable file .Is a directory.*allowed"):
+        fingerprint(str(tmp_path))
+    (tmp_path / name).rmdir()
+    (tmp_path / name).symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="^head: found no readable file .No such file"):
+        fingerprint(str(tmp_path), "head")
 
 
 def test_a_profile_of_another_pair_is_told(tmp_path: Path) -> None:

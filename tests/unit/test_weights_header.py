@@ -85,10 +85,10 @@ def test_files_that_are_no_files(head: Path) -> None:
     file.unlink()
     assert_refused(head, "no weights", "*.safetensors or *.bin")
     file.mkdir()
-    assert_refused(head, "found a folder or device")
+    assert_refused(head, "found no readable file (Is a directory)", str(file))
     file.rmdir()
     os.mkfifo(file)  # opening one waits for a writer
-    assert_refused(head, "found a folder or device")
+    assert_refused(head, "found no readable file (a pipe)", str(file))
     file.unlink()
     file.symlink_to(head / "nowhere")
     assert_refused(head, "no readable file", "No such file")
