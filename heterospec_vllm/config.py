@@ -263,7 +263,9 @@ def recognise_path(parse_json: Callable[[str], Any], text: str) -> Any:
         if isinstance(value, dict) and value.get("method") == METHOD:
             value = input_files.parse(text)  # which sees what is wrong with it, too
     except RecursionError:
-        raise argparse.ArgumentTypeError("found brackets nested too deeply, allowed: JSON") from None
+        raise argparse.ArgumentTypeError(
+            "found brackets nested too deeply, allowed: JSON"
+        ) from None
     except input_files.NoJson as error:
         raise argparse.ArgumentTypeError(f"found {error}, allowed: a JSON object") from None
     return value

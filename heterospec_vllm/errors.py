@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What pydantic refused, in words: the field, what was found, what is allowed. Whatever was found, it is one short line.
+"""What pydantic refused, in words: the field, what was found, what is allowed. It is always one short line.
 
 What is allowed is read from the types of the fields, so that it is said wherever a value is wrong and nowhere twice. A
 field may say it itself: ``json_schema_extra={"allowed": ...}``.
@@ -160,7 +160,9 @@ def _fault(problem: Any, model: type[BaseModel], values: Any) -> Fault:
     if kind == "missing":
         return Fault(path, "nothing", "", allowed_at(model, path))
     if kind in ("extra_forbidden", "invalid_key") or (is_key and kind == "string_unicode"):
-        return Fault(path, shown(value), "", ", ".join(_keys(model, path[:-1])), is_unknown_key=True)
+        return Fault(
+            path, shown(value), "", ", ".join(_keys(model, path[:-1])), is_unknown_key=True
+        )
     found, kind_of_value = told or shown(value), "" if told else type(value).__name__
     message = problem["msg"].removeprefix("Value error, ")
     if told or kind == "value_error":
@@ -187,14 +189,19 @@ def _place(problem: Any, values: Any) -> tuple[Path, bool]:
     last = problem["loc"][-1:]
     if last == ("[key]",):
         return tuple(path), True
-    if problem["type"] in ("missing", "extra_forbidden", "invalid_key") and tuple(path[-1:]) != last:
+    if (
+        problem["type"] in ("missing", "extra_forbidden", "invalid_key")
+        and tuple(path[-1:]) != last
+    ):
         path.extend(last)
     return tuple(path), False
 
 
 def _keys(model: type[BaseModel], path: Path) -> list[str]:
     """Of the mapping at a path."""
-    members = (m for kind, bounds, _ in _declared(model, (), path) for m, _ in _members(kind, bounds))
+    members = (
+        m for kind, bounds, _ in _declared(model, (), path) for m, _ in _members(kind, bounds)
+    )
     return [key for m in members if _is_model(m) for key in m.model_fields]
 
 
@@ -212,7 +219,9 @@ def _declared(annotation: Any, bounds: tuple, path: Path) -> Iterator[tuple[Any,
         if _is_model(member) and part in member.model_fields:
             field = member.model_fields[part]
             told = field.json_schema_extra
-            for kind, limits, words in _declared(field.annotation, tuple(field.metadata), tuple(rest)):
+            for kind, limits, words in _declared(
+                field.annotation, tuple(field.metadata), tuple(rest)
+            ):
                 own = isinstance(told, dict) and not rest and told.get("allowed")
                 yield kind, limits, str(own or words)
         elif get_origin(member) is dict:
@@ -263,7 +272,11 @@ def _words_of_number(member: Any, bounds: tuple) -> str:
     if member is int and None not in (low, high):
         return f"an integer from {low} to {high}"
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    limits = [f"{sign} {_bound(name, bounds)}" for name, sign in signs.items() if _bound(name, bounds) is not None]
+    limits = [
+        f"{sign} {_bound(name, bounds)}"
+        for name, sign in signs.items()
+        if _bound(name, bounds) is not None
+    ]
     is_finite = not limits and _bound("allow_inf_nan", bounds) is False
     kind = "whole " if member is int else "finite " if is_finite else ""
     return f"a {kind}number {' and '.join(limits)}".strip()

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -121,14 +122,16 @@ def _require_regular(mode: int) -> None:
 
 def _unreadable(path: Path, error: Exception, allowed: str) -> ValueError:
     reason = error.strerror if isinstance(error, OSError) else "no path"
-    return ValueError(f"found no readable file ({reason}) at {shown_path(path)}, allowed: {allowed}")
+    return ValueError(
+        f"found no readable file ({reason}) at {shown_path(path)}, allowed: {allowed}"
+    )
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        counts = Counter(key for key, _ in pairs)
+        twice = next(key for key, _ in pairs if counts[key] > 1)
         raise NoJson(f"the key {shown(twice)} twice")
     return content
 

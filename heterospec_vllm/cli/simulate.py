@@ -66,7 +66,7 @@ def _check_bounds(nodes: int, depth: int) -> None:
     from heterospec_vllm.config import HeteroSpecConfig
     from heterospec_vllm.errors import faults_of
 
-    bounds = {"num_speculative_tokens": nodes, "max_depth": depth}
+    bounds: dict[str, Any] = {"num_speculative_tokens": nodes, "max_depth": depth}
     try:
         HeteroSpecConfig(method="heterospec", model="trace", **bounds)
     except ValidationError as error:

@@ -113,7 +113,9 @@ def head_size_reason(head_size: int, platform: str) -> tuple[str, str] | None:
 
     On GPUs a size without a tree kernel means chains, decided when the layers are known.
     """
-    from heterospec_vllm.kernels import head_sizes  # not at the top: every vLLM process imports this module
+    from heterospec_vllm.kernels import (
+        head_sizes,  # not at the top: every vLLM process imports this module
+    )
 
     if platform != "cpu" or head_size in head_sizes.CPU:
         return None

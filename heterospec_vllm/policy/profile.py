@@ -90,14 +90,18 @@ class Profile(BaseModel):
     version: Literal[1]
     target: str = Field(min_length=1)  # fingerprint of the target's weights
     head: str = Field(min_length=1)
-    machine: str = Field(min_length=1)  # where the costs were measured; on others they are measured anew
+    machine: str = Field(
+        min_length=1
+    )  # where the costs were measured; on others they are measured anew
     dtype: str = ""  # in which the costs were measured
     created: str = ""
     versions: dict[str, str] = {}
     num_prompts: int = Field(default=0, ge=0, le=MOST)
     num_nodes: int = Field(default=0, ge=0, le=MOST)  # labelled nodes behind the survivals
     edges: list[Edges] = Field(min_length=1)  # strata by depth of the path
-    paper_depth: int = Field(ge=1, le=MAX_DEPTH)  # default depth that the paper's edges were fitted at
+    paper_depth: int = Field(
+        ge=1, le=MAX_DEPTH
+    )  # default depth that the paper's edges were fitted at
     paper_edges: Edges
     survivals: list[list[list[list[Annotated[float, Field(ge=0, le=1)]]]]]
     costs: CostData

@@ -16,14 +16,9 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.reload.inplace import get_parameter_for_reload
 
+from heterospec_vllm.errors import shown, shown_message
 from heterospec_vllm.plugin.head_weights import LOAD_FORMATS
-from heterospec_vllm.plugin.weights_header import (
-    StoredTensor,
-    first_line,
-    read_header,
-    shown,
-    weight_files,
-)
+from heterospec_vllm.plugin.weights_header import StoredTensor, read_header, weight_files
 
 _FIELD = "heterospec: reload_weights"
 
@@ -59,7 +54,7 @@ def _download(vllm_config: VllmConfig, path: str) -> None:
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"{_FIELD}.weights_path: found {path}, which is no folder, nor a Hugging Face id that "
-            f"can be read from here ({first_line(error)}), allowed: a model's weights"
+            f"can be read from here ({shown_message(error)}), allowed: a model's weights"
         ) from None
 
 

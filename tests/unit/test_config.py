@@ -249,7 +249,11 @@ def test_request_options() -> None:
     assert (options.heterospec, options.heterospec_max_nodes) == ("on", 0)
     with pytest.raises(ValueError, match="vllm_xargs: found the unknown key 'heterospec-off'"):
         RequestOptions.from_extra_args({"heterospec-off": 1})
-    for wrong, found in (({5: 1}, r"the key 5 \(int\)"), ({None: 1}, "the key None"), ([1], r"\[1\]")):
+    for wrong, found in (
+        ({5: 1}, r"the key 5 \(int\)"),
+        ({None: 1}, "the key None"),
+        ([1], r"\[1\]"),
+    ):
         with pytest.raises(ValueError, match=f"vllm_xargs: found {found}.*, allowed: "):
             RequestOptions.from_extra_args(wrong)
     for value in (True, "5", 4.0, -1, 64, 10**400):

@@ -31,7 +31,9 @@ _FUZZ = settings(
     database=None,
     suppress_health_check=list(HealthCheck),
 )
-_ODD_TEXT = st.sampled_from(["\ud800", "a\nb", "\0", "~nobodyatall/x", "k" * 10**5, "x" * 300, "1", "nan"])
+_ODD_TEXT = st.sampled_from(
+    ["\ud800", "a\nb", "\0", "~nobodyatall/x", "k" * 10**5, "x" * 300, "1", "nan"]
+)
 _TEXT = st.text(max_size=12) | _ODD_TEXT
 _ATOMS = (
     st.none()
@@ -95,13 +97,19 @@ def test_any_config(
 
 @_FUZZ
 @given(data=st.data())
-def test_any_bytes_of_a_config(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_any_bytes_of_a_config(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     whole = json.dumps({"method": METHOD, "model": "org/head", "top_k": 4}).encode()
     place = data.draw(st.integers(0, len(whole)))
-    middle = data.draw(st.binary(max_size=8) | st.sampled_from([b"[" * 9999, b"{", b'"', b",", b"1e999"]))
+    middle = data.draw(
+        st.binary(max_size=8) | st.sampled_from([b"[" * 9999, b"{", b'"', b",", b"1e999"])
+    )
     file = tmp_path_factory.getbasetemp() / "bytes.json"
     file.write_bytes(whole[:place] + middle + whole[place + data.draw(st.integers(0, 3)) :])
-    assert_form(one_line_or_none(lambda: read_object(file, "speculative_config")), "speculative_config")
+    assert_form(
+        one_line_or_none(lambda: read_object(file, "speculative_config")), "speculative_config"
+    )
 
 
 WHOLE = content()

@@ -197,7 +197,9 @@ def test_an_unreadable_profile_is_refused(text: str | bytes | None, found: str, 
         load_profile(file)
 
 
-@pytest.mark.parametrize("path", sorted(profiles.SHIPPED.glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted(profiles.SHIPPED.glob("*.json")), ids=lambda path: path.stem
+)
 def test_every_shipped_profile_is_read(path: Path) -> None:
     assert load_profile(path).costs.verify.seconds
 
