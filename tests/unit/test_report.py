@@ -326,7 +326,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"found no rows\.jsonl in"):
         load([tmp_path])
     (tmp_path / "rows.jsonl").write_text('{"system": "plain"}\n')
-    with pytest.raises(ValueError, match=r"rows\.jsonl: cell: Field required"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 1: cell: found nothing"):
         load([tmp_path])
     result = CliRunner().invoke(app, ["report", str(tmp_path / "none"), "--output", "x"])
     assert result.exit_code == 2
