@@ -119,4 +119,4 @@ def test_budgets_end_thoughts_beside_trees(answers) -> None:
     for name in NAMES[len(PAIRS) :]:
         counters = ours[name]["counters"]
         assert counters["accepted_nodes"] > 0 and counters["tree_steps"] > 0, counters
-        assert counters["fallbacks"] == {"thinking_token_budget": 12}, counters
+        assert counters["fallbacks"] == {}, counters
