@@ -95,7 +95,7 @@ def test_a_struct_of_another_size_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     wrong = {**STRUCTS, "WalkArguments": struct.Struct("=6q12Q")}
     monkeypatch.setattr(library, "STRUCTS", wrong)
     with pytest.raises(
-        library.LibraryUnavailable, match="WalkArguments: found 136 bytes in C.., allowed: 144"
+        library.LibraryUnavailable, match="WalkArguments: found 168 bytes in C.., allowed: 144"
     ):
         library.load_library()
     monkeypatch.setattr(library, "STRUCTS", {"Unknown": struct.Struct("=q")})

@@ -85,3 +85,36 @@ def test_infinities_and_nan() -> None:
     clean[5] = 0.5
     tokens, log_probs = top_tokens(torch.ones(1, 32), clean, None, 3)
     assert tokens[0, 0] == 5 and log_probs[0].tolist() == [0.0, -math.inf, -math.inf]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    dtype=st.sampled_from(DTYPES),
+    num_rows=st.integers(1, 20),
+    columns=st.integers(8, 200),
+    share=st.sampled_from([0.02, 0.3, 0.9]),
+    seed=st.integers(0, 2**31),
+)
+def test_masked_tokens_are_left_out(dtype, num_rows, columns, share, seed) -> None:
+    """Masks are over tokens, which offsets make of columns; rows without one see all."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(num_rows, 32, generator=generator).to(dtype)
+    weight = torch.randn(columns, 32, generator=generator).to(dtype)
+    filled = torch.nn.functional.pad(weight, (0, 0, 0, -columns % 16), value=9.0)
+    offsets = torch.randint(0, 5, (columns,), generator=generator).sort().values
+    vocab_size = columns + 5
+    allowed = torch.rand(4, -(-vocab_size // 32) * 32, generator=generator) < share
+    bits = (allowed.view(4, -1, 32).long() << torch.arange(32)).sum(dim=-1)
+    masks = torch.where(bits >= 2**31, bits - 2**32, bits).int()
+    mask_of_row = torch.randint(-1, 4, (num_rows,), generator=generator).int()
+    top_k = 6
+    tokens, log_probs = top_tokens_cpu(
+        rows, pack_weight(filled), columns, offsets, top_k, masks, mask_of_row
+    )
+    _, expected = reference.top_tokens(rows, weight, offsets, top_k, masks, mask_of_row)
+    some = ~expected.isnan().all(dim=1)
+    torch.testing.assert_close(log_probs[some], expected[some], rtol=TOLERANCE, atol=TOLERANCE)
+    assert log_probs[~some].isnan().all() or not (~some).any()
+    for row in torch.nonzero(mask_of_row >= 0).flatten().tolist():
+        taken = tokens[row, log_probs[row] > -math.inf]
+        assert allowed[mask_of_row[row], taken].all()
